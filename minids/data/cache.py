@@ -1,0 +1,28 @@
+"""Files that are dear to make and cheap to keep: named by the hash of all that they depend on, written atomically."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def cache_folder(folder: str | Path | None = None) -> Path:
+    """The given folder, else the environment variable MINIDS_CACHE, else ~/.cache/minids."""
+    return Path(folder or os.environ.get("MINIDS_CACHE") or "~/.cache/minids").expanduser()
+
+
+def cache_key(*parts) -> str:
+    """32 hex digits that stand for the parts: anything that JSON can spell."""
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write` with a temporary name in the same folder, then rename: readers see the whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

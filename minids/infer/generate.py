@@ -1,0 +1,158 @@
+"""Generation: a batch of prompts in, their continuations out, with every past token kept as one latent vector.
+
+The problem. Token t+1 depends on all tokens before it, so writing n tokens by running the whole text each time costs O(n^2) forwards
+of a token. MLA keeps, per token and layer, only the latent c^KV and the shared rotated key k^R (576 numbers in V3), and a
+step then runs one token:
+
+    prefill   all prompts at once, naive attention (compute-bound: many queries share each expanded key)
+    decode    one token a row and step, absorbed attention (byte-bound: the latent is read, never expanded)
+
+Prompts of different lengths share a batch by right padding: row b's tokens take positions 0 .. n_valid[b]-1, padding is never attended
+and the next token overwrites it. A row's text is therefore the one it would have alone: rows share weights, never values.
+
+Simplifications: all prompts start together (no continuous batching), the cache is one contiguous block a row (no pages), one token a
+step (no speculation). Rows that finish early run on unheeded until half of the batch has finished, then the batch is
+compacted: each copy of the cache is at most half the one before, so that all copies together cost less than one full cache.
+
+Shapes: B batch rows, T prompt tokens, V vocabulary.
+Source: DeepSeek-V3, section 2.1.1 (what is cached); DeepSeek-V2, appendix C (absorption).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from operator import index
+
+import torch
+from torch import Tensor
+
+from minids.infer.sampling import check_sampling, row_generators, sample
+from minids.model.attention import LatentCache
+from minids.model.transformer import Transformer
+
+
+@torch.inference_mode()
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | Sequence[int] = 0,
+    eos_token_id: int | Iterable[int] | None = None,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """Continue each prompt by up to `max_new_tokens` tokens; returns the new tokens of each, the eos that ended it included.
+
+    prompts: token lists of any lengths >= 1. temperature 0 is greedy, else see `minids.infer.sampling`. seed: one integer s, and row r
+    then draws from its own generator seeded s + r; or one a prompt. eos_token_id: token or tokens that end a row, None for none.
+    on_token(row, token) is called as each token is chosen. The result for a prompt (with its seed) does not depend on the other
+    prompts, up to the rounding of matrix products of different sizes.
+
+    Raises ValueError or TypeError before any work for an empty prompt, a token outside the vocabulary, more tokens than
+    max_position_embeddings, or impossible knobs; FloatingPointError if the model's logits are not finite.
+    """
+    prompts = check_prompts(prompts, max_new_tokens, model.config.vocab_size, model.config.max_position_embeddings)
+    check_sampling(temperature, top_p)
+    generators = row_generators(row_seeds(seed, len(prompts)))
+    stop = stop_tokens(eos_token_id, model.config.vocab_size)
+    outputs: list[list[int]] = [[] for _ in prompts]
+    if not prompts:
+        return outputs
+
+    slots = list(range(len(prompts)))  # slot in the batch -> row of `prompts`
+    done = [False] * len(prompts)
+    logits_BV, cache = prefill(model, prompts, max_new_tokens)
+    for step in range(max_new_tokens):
+        check_finite(logits_BV, step)
+        tokens_B = sample(logits_BV, temperature, top_p, [generators[row] for row in slots])
+        for row, token in zip(slots, tokens_B.tolist(), strict=True):
+            if done[row]:
+                continue
+            outputs[row].append(token)
+            done[row] = token in stop or len(outputs[row]) == max_new_tokens
+            if on_token is not None:
+                on_token(row, token)
+        if all(done):
+            break
+        slots, tokens_B = compact(slots, done, tokens_B, cache)
+        logits_BV = model(tokens_B.unsqueeze(1), cache=cache, last_only=True).logits[:, 0]
+    return outputs
+
+
+def prefill(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> tuple[Tensor, LatentCache]:
+    """Run all prompts, right-padded, into a new cache: (logits (B, V) after each prompt's last token, the cache).
+
+    The cache has room for every token that is ever fed: the last new token is only read out.
+    """
+    device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
+    lengths = [len(prompt) for prompt in prompts]
+    longest = max(lengths)
+    tokens_BT = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
+    n_valid = None if min(lengths) == longest else torch.tensor(lengths, device=device)
+    cache = LatentCache(
+        model.config, batch=len(prompts), max_length=longest + max_new_tokens - 1, device=device, dtype=dtype
+    )
+    return model(tokens_BT, cache=cache, n_valid=n_valid, last_only=True).logits[:, 0], cache
+
+
+def compact(slots: list[int], done: list[bool], tokens_B: Tensor, cache: LatentCache) -> tuple[list[int], Tensor]:
+    """Drop finished rows once they are half of the batch: the slots and tokens that stay; the cache is changed in place."""
+    keep = [slot for slot, row in enumerate(slots) if not done[row]]
+    if 2 * len(keep) > len(slots):
+        return slots, tokens_B
+    keep_B = torch.tensor(keep, device=tokens_B.device)
+    cache.select(keep_B)
+    return [slots[slot] for slot in keep], tokens_B[keep_B]
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, vocab_size: int, limit: int) -> list[list[int]]:
+    """The prompts as lists of plain integers. Raises for an empty one, a token outside the vocabulary, or too many tokens."""
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
+        raise TypeError(f"max_new_tokens must be an integer, got {max_new_tokens!r}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    return [check_prompt(row, prompt, max_new_tokens, vocab_size, limit) for row, prompt in enumerate(prompts)]
+
+
+def check_prompt(row: int, prompt: Sequence[int], max_new_tokens: int, vocab_size: int, limit: int) -> list[int]:
+    """One prompt of `check_prompts`."""
+    try:
+        tokens = [index(token) for token in prompt]
+    except TypeError:
+        raise TypeError(f"prompts[{row}] must be a sequence of token ids, got {prompt!r}") from None
+    if not tokens:
+        raise ValueError(f"prompts[{row}] is empty; a prompt needs at least one token (for example the bos token)")
+    for position, token in enumerate(tokens):
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"prompts[{row}][{position}] is token {token}; allowed are 0 to {vocab_size - 1} (vocab_size)")
+    if len(tokens) + max_new_tokens > limit:
+        raise ValueError(
+            f"prompts[{row}] has {len(tokens)} tokens; with max_new_tokens={max_new_tokens} that is "
+            f"{len(tokens) + max_new_tokens}, but max_position_embeddings is {limit}"
+        )
+    return tokens
+
+
+def row_seeds(seed: int | Sequence[int], rows: int) -> list[int]:
+    """One seed a row: s, s+1, ... for an integer, else the given ones. Raises ValueError if their number is not that of the rows."""
+    if isinstance(seed, Sequence) and not isinstance(seed, str):
+        if len(seed) != rows:
+            raise ValueError(f"seed must be one integer or one a prompt: got {len(seed)} seeds for {rows} prompts")
+        return list(seed)
+    return [seed] if not isinstance(seed, int) else [seed + row for row in range(rows)]
+
+
+def stop_tokens(eos_token_id: int | Iterable[int] | None, vocab_size: int) -> frozenset[int]:
+    """The set of tokens that end a row. Raises ValueError for one outside the vocabulary, which could never be reached."""
+    if eos_token_id is None:
+        return frozenset()
+    stop = frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
+    for token in stop:
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"eos_token_id must be in 0 to {vocab_size - 1} (vocab_size), got {token}")
+    return stop
+
+
+def check_finite(logits_BV: Tensor, step: int) -> None:
+    """Refuse to choose a token from NaN or infinity: argmax would quietly return one. Raises FloatingPointError."""
+    if not torch.isfinite(logits_BV).all():
+        raise FloatingPointError(f"the model's logits are not finite (NaN or infinity) at new token {step}")

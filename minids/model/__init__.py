@@ -1,0 +1,1 @@
+"""The model room: rope, attention (MLA), router, balance, moe, mtp, loss, transformer."""

@@ -1,0 +1,160 @@
+"""Multi-head latent attention [V3 section 2.1.1].
+
+The problem: a cache of keys and values for 128 heads is 40,960 numbers a token and layer. MLA keeps one latent vector
+instead, from which every head's key and value can be rebuilt, and one rotated key that all heads share: 576 numbers.
+
+    c_t = RMSNorm(W_DKV x_t)     (C)  the latent               k^R_t = RoPE(W_KR x_t)      (R)  the shared rotated key
+    [k^N_t,h ; v_t,h] = W_UK,UV,h c_t      key and value of head h        q_t,h = [q^N ; RoPE(q^R)], itself of low rank
+    score = (q^N . k^N + q^R . k^R) * scale,     out_t,h = sum_s softmax(score)_s v_s,h
+
+Two ways to compute the same function. *Naive* rebuilds keys and values: few FLOPs a pair (N + R + V), right for training
+and prefill. *Absorbed* moves W_UK into the query, q^N . W_UK c = (W_UK^T q^N) . c, and W_UV behind the sum, so that
+the cache is read as it lies: more FLOPs a pair (2C + R) but no expansion of the past, right for decoding.
+
+Shapes: B batch, T query tokens, S cached tokens, D hidden, H heads, N/R/V head dims without/with RoPE/of values,
+C latent, Q query rank.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minids.config import ModelConfig
+from minids.model.layers import RMSNorm
+from minids.model.rope import apply_rope, softmax_scale
+
+
+class LatentCache:
+    """What decoding remembers: ``data`` (L, B, S, C + R), the normed latent and the rotated shared key of each token.
+
+    ``lengths`` (B,) int64 counts each row's tokens; ``filled`` is an upper bound of them known without asking the
+    device. Slots from ``lengths[b]`` on may hold padding; they are overwritten before they are ever attended.
+    """
+
+    def __init__(self, cfg: ModelConfig, batch: int, max_length: int, device=None, dtype=None):
+        if not 1 <= max_length <= cfg.max_position_embeddings:
+            raise ValueError(f"max_length={max_length}: allowed is 1 to "
+                             f"max_position_embeddings={cfg.max_position_embeddings}")  # fmt: skip
+        self.data = torch.zeros(cfg.num_hidden_layers, batch, max_length, cfg.latent_dim, device=device, dtype=dtype)
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.filled = 0
+        self.ragged = False  # rows of different lengths
+
+    def positions(self, length: int) -> Tensor:
+        """Where the next ``length`` tokens of each row go: (B, T) int64. Raises when they do not fit."""
+        if self.filled + length > self.data.shape[2]:
+            raise ValueError(f"the cache holds {self.data.shape[2]} tokens a row, {self.filled} are filled:"
+                             f" {length} more do not fit")  # fmt: skip
+        return self.lengths.unsqueeze(1) + torch.arange(length, device=self.lengths.device)
+
+    def advance(self, length: int, n_valid: Tensor | None) -> None:
+        """Counts the tokens just written: all of them, or the first ``n_valid[b]`` of each row."""
+        self.lengths = self.lengths + (length if n_valid is None else n_valid)
+        self.ragged = self.ragged or n_valid is not None
+        self.filled += length
+
+    def write(self, layer: int, positions: Tensor, latent_BTc: Tensor) -> Tensor:
+        """Stores ``latent`` (B, T, C + R) and returns the row's slots so far, (B, filled + T, C + R)."""
+        end = self.filled + latent_BTc.shape[1]
+        rows = self.data[layer]
+        if self.ragged:
+            rows.scatter_(1, positions.unsqueeze(-1).expand_as(latent_BTc), latent_BTc.to(rows.dtype))
+        else:
+            rows[:, self.filled : end] = latent_BTc
+        return rows[:, :end]
+
+
+def causal_mask(t: int, s: int, device) -> Tensor:
+    """(T, S) bool, True where the t-th of the last T tokens may see slot s: itself and what lies before."""
+    return torch.ones(t, s, dtype=torch.bool, device=device).tril(s - t)
+
+
+def attend(q_BHTn: Tensor, k_BHSn: Tensor, v_BHSv: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(q k^T * scale, masked) v, (B, H, T, V). ``mask``: bool, True where t may see s; None is causal, the T
+    queries being the last of the S tokens.
+
+    On CUDA the fused kernel of torch. On CPU short rows are written out, which is as fast as the fused kernel in FP32
+    and twice as fast in BF16; long rows use it, with v padded to the width of q and k, or it would not be fused.
+    """
+    t, s, width = q_BHTn.shape[2], k_BHSn.shape[2], v_BHSv.shape[-1]
+    causal = mask is None and t == s
+    if mask is None and not causal:
+        mask = causal_mask(t, s, q_BHTn.device)
+    if q_BHTn.is_cpu and s <= 1024:
+        mask = causal_mask(t, s, q_BHTn.device) if causal else mask
+        scores = torch.matmul(q_BHTn * scale, k_BHSn.transpose(-1, -2))
+        bias = torch.zeros(mask.shape, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
+        return torch.matmul((scores + bias).softmax(-1), v_BHSv)
+    if q_BHTn.is_cpu:
+        v_BHSv = F.pad(v_BHSv, (0, q_BHTn.shape[-1] - width))
+    out = F.scaled_dot_product_attention(q_BHTn, k_BHSn, v_BHSv, mask, is_causal=causal, scale=scale)
+    return out[..., :width]
+
+
+class MLA(nn.Module):
+    """One layer's attention; parameter names are the published checkpoint's."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.cfg, self.scale = cfg, softmax_scale(cfg)
+        d, heads = cfg.hidden_size, cfg.num_attention_heads
+        if cfg.q_lora_rank is None:
+            self.q_proj = nn.Linear(d, heads * cfg.qk_head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(d, cfg.q_lora_rank, bias=False)
+            self.q_a_layernorm = RMSNorm(cfg.q_lora_rank, cfg.rms_norm_eps)
+            self.q_b_proj = nn.Linear(cfg.q_lora_rank, heads * cfg.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(d, cfg.latent_dim, bias=False)
+        self.kv_a_layernorm = RMSNorm(cfg.kv_lora_rank, cfg.rms_norm_eps)
+        self.kv_b_proj = nn.Linear(cfg.kv_lora_rank, heads * (cfg.qk_nope_head_dim + cfg.v_head_dim), bias=False)
+        self.o_proj = nn.Linear(heads * cfg.v_head_dim, d, bias=False)
+
+    def query(self, x_BTD: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+        """q^N (B, T, H, N) and the rotated q^R (B, T, H, R). The query is of low rank in inference too."""
+        cfg = self.cfg
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD))) if cfg.q_lora_rank else self.q_proj(x_BTD)
+        q_nope, q_rope = q.unflatten(-1, (cfg.num_attention_heads, -1)).split(
+            [cfg.qk_nope_head_dim, cfg.qk_rope_head_dim], dim=-1)  # fmt: skip
+        return q_nope, apply_rope(q_rope, rope)
+
+    def latent(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
+        """All that is cached: [normed latent ; rotated shared key], (B, T, C + R)."""
+        c, k_rope = self.kv_a_proj_with_mqa(x_BTD).split([self.cfg.kv_lora_rank, self.cfg.qk_rope_head_dim], dim=-1)
+        return torch.cat([self.kv_a_layernorm(c), apply_rope(k_rope.unsqueeze(-2), rope).squeeze(-2)], dim=-1)
+
+    def naive(self, q_nope: Tensor, q_rope: Tensor, latent_BSc: Tensor, mask: Tensor | None) -> Tensor:
+        """Rebuilds every head's key and value from the latent, then ordinary attention. (B, T, H * V)"""
+        cfg = self.cfg
+        c, k_rope = latent_BSc.split([cfg.kv_lora_rank, cfg.qk_rope_head_dim], dim=-1)
+        kv = self.kv_b_proj(c).unflatten(-1, (cfg.num_attention_heads, -1))
+        k_nope, v = kv.split([cfg.qk_nope_head_dim, cfg.v_head_dim], dim=-1)
+        k_rope = k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)  # one key, seen by every head
+        q, k = torch.cat([q_nope, q_rope], dim=-1), torch.cat([k_nope, k_rope], dim=-1)
+        out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, self.scale)
+        return out.transpose(1, 2).flatten(-2)
+
+    def absorbed(self, q_nope: Tensor, q_rope: Tensor, latent_BSc: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention over the latent itself: one key and value of C (+ R) numbers for all heads. (B, T, H * V)"""
+        cfg = self.cfg
+        w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (cfg.num_attention_heads, -1)).split(
+            [cfg.qk_nope_head_dim, cfg.v_head_dim], dim=1)  # (H, N, C), (H, V, C)
+        b, t, heads, _ = q_nope.shape
+        q = torch.cat([torch.einsum("bthn,hnc->bthc", q_nope, w_uk), q_rope], dim=-1).flatten(1, 2) * self.scale
+        scores = torch.bmm(q, latent_BSc.transpose(1, 2)).view(b, t, heads, -1)
+        if mask is None and t > 1:
+            mask = causal_mask(t, scores.shape[-1], scores.device)[None, None]
+        if mask is not None:
+            scores = scores.masked_fill(~mask.transpose(1, 2), -torch.inf)  # (B, 1, T, S) -> (B, T, 1, S)
+        weights = scores.softmax(-1).flatten(1, 2)
+        out = torch.bmm(weights, latent_BSc[..., : cfg.kv_lora_rank]).view(b, t, heads, -1)
+        return torch.einsum("bthc,hvc->bthv", out, w_uv).flatten(-2)
+
+    def forward(self, x_BTD: Tensor, rope: Tensor, mask: Tensor | None, cache: LatentCache | None = None,
+                layer: int = 0, positions: Tensor | None = None, absorb: bool = False) -> Tensor:  # fmt: skip
+        """(B, T, D) -> (B, T, D). ``rope`` from ``rope_table``; ``mask`` as in ``attend``; with a cache the new
+        tokens are written to ``positions`` (B, T) of ``layer`` and all slots so far are attended."""
+        q_nope, q_rope = self.query(x_BTD, rope)
+        latent = self.latent(x_BTD, rope)
+        if cache is not None:
+            latent = cache.write(layer, positions, latent)
+        return self.o_proj((self.absorbed if absorb else self.naive)(q_nope, q_rope, latent, mask))

@@ -1,0 +1,95 @@
+"""The router: which K of E experts a token visits, and with what weight [V3 section 2.1.2, eq. 12-16].
+
+    s = sigmoid(x W_g^T)                      an affinity for each expert, in float32
+    chosen = top-K of (s + b), inside the topk_group best groups (a group's score: the sum of its two best s + b)
+    g_i = s_i / sum of the chosen s * routed_scaling_factor
+
+The bias b steers the choice and nothing else: a gate value never contains it. Groups are V3's nodes: limiting a token to
+four of eight groups limits the nodes it is sent to. Groups not kept are masked with -inf; with 0 an expert of such a group
+would win over one with a negative biased score.
+
+V2's variants are the same code: softmax scores, no bias, no groups (``greedy``) or a group's score is its best expert
+(``group_limited_greedy``), gates not normalised.
+
+Shapes: N tokens (B * T), D hidden, E experts, K chosen, G groups.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minids.config import ModelConfig
+
+
+@dataclass
+class Routing:
+    """Where a layer sent its N tokens."""
+
+    weights: Tensor  # (N, K) float32: gate values g, differentiable
+    indices: Tensor  # (N, K) int64: the chosen experts, in no particular order
+    scores: Tensor  # (N, E) float32: s, differentiable (the balance losses read it)
+    load: Tensor  # (E,) int64: tokens that chose each expert
+
+
+def keep_best_groups(choice_NE: Tensor, cfg: ModelConfig) -> Tensor:
+    """``choice`` with every expert outside the ``topk_group`` best groups set to -inf."""
+    groups_NGe = choice_NE.unflatten(-1, (cfg.n_group, -1))
+    if cfg.topk_method == "noaux_tc":
+        group_scores = groups_NGe.topk(2, dim=-1).values.sum(-1)
+    else:
+        group_scores = groups_NGe.amax(-1)
+    kept = group_scores.topk(cfg.topk_group, dim=-1, sorted=False).indices
+    dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter_(-1, kept, False)
+    return groups_NGe.masked_fill(dropped.unsqueeze(-1), -torch.inf).flatten(-2)
+
+
+class Gate(nn.Module):
+    """The published ``mlp.gate``: ``weight`` (E, D), and ``e_score_correction_bias`` (E,) float32, no gradient."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.weight = nn.Parameter(torch.empty(cfg.n_routed_experts, cfg.hidden_size))
+        bias = torch.zeros(cfg.n_routed_experts, dtype=torch.float32) if cfg.topk_method == "noaux_tc" else None
+        self.register_buffer("e_score_correction_bias", bias)
+
+    def _apply(self, fn, recurse=True):
+        """``model.to(torch.bfloat16)`` casts everything; the bias stays float32, as published."""
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        if bias is not None:
+            moved = self.e_score_correction_bias
+            self.e_score_correction_bias = moved if moved.dtype == bias.dtype else bias.to(moved.device)
+        return self
+
+    def scores(self, x_ND: Tensor) -> Tensor:
+        """s (N, E), float32 whatever the model's dtype."""
+        with torch.autocast(x_ND.device.type, enabled=False):
+            logits = F.linear(x_ND.float(), self.weight.float())
+        return logits.sigmoid() if self.cfg.scoring_func == "sigmoid" else logits.softmax(-1)
+
+    def choose(self, scores_NE: Tensor) -> Tensor:
+        """Indices (N, K) of the chosen experts; no gradient flows through a choice."""
+        choice = scores_NE.detach()
+        if self.e_score_correction_bias is not None:
+            choice = choice + self.e_score_correction_bias
+        if self.cfg.topk_method != "greedy" and self.cfg.topk_group < self.cfg.n_group:
+            choice = keep_best_groups(choice, self.cfg)
+        return choice.topk(self.cfg.num_experts_per_tok, dim=-1, sorted=False).indices
+
+    def forward(self, x_ND: Tensor) -> Routing:
+        scores = self.scores(x_ND)
+        indices = self.choose(scores)
+        weights = scores.gather(-1, indices)
+        if self.cfg.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        weights = weights * self.cfg.routed_scaling_factor
+        return Routing(weights, indices, scores, count_load(indices, self.cfg.n_routed_experts))
+
+
+def count_load(indices: Tensor, n_experts: int) -> Tensor:
+    """(E,) int64 counts of ``indices``; unlike bincount it never waits for the device."""
+    flat = indices.flatten()
+    return torch.zeros(n_experts, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))

@@ -1,0 +1,163 @@
+"""The settings of a training run: a tree of dataclasses that tyro turns into the command line (docstrings = --help).
+
+Everything is checked here, before any data is read: the error names the field, the value and what is allowed. The
+defaults are the main job, `python -m minids train`: the toy preset on the sources of Python's standard library, under
+two minutes of training on two CPU cores. The budget is counted in tokens, never in minutes: a run that stops by the
+clock could not be repeated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from minids.config import ModelConfig
+from minids.data import DataConfig
+from minids.train.optim import OptimConfig
+from minids.train.recipe import Recipe
+
+# A resumed run may change these: they leave the sequence of weights and losses as it is.
+FREE_ON_RESUME = {"resume", "overwrite", "out", "name", "keep", "save_every", "prompts", "sample_tokens"}
+
+
+@dataclass
+class RecipeConfig:
+    """V3's schedule on a budget of `tokens`; see minids.train.recipe."""
+
+    tokens: int = 600_000
+    """Token budget of the run; every phase keeps V3's share of it."""
+    sequence_length: int = 128
+    """Tokens in a row (V3: 4096)."""
+    batch: int = 16
+    """Sequences in a global batch after the ramp (V3: 15360)."""
+    batch_start: int | None = None
+    """Sequences in the first batch; default a fifth of batch, as in V3."""
+    lr: float = 4e-3
+    """Peak learning rate (V3: 2.2e-4; small models stand, and need, more)."""
+    warmup_steps: int = 20
+    """Steps of linear warm-up (V3: 2000)."""
+    gamma: float = 1e-3
+    """Step of the balancing bias; 0 switches balancing off (V3: 0.001)."""
+    mtp_lambda: float = 0.3
+    """Weight of the MTP loss; a third of it after two thirds of the tokens, as in V3 (0.3, then 0.1)."""
+
+    def build(self) -> Recipe:
+        """The schedule, validated."""
+        return Recipe.scaled(self.tokens, sequence_length=self.sequence_length, batch=self.batch,
+                             batch_start=self.batch_start, peak_lr=self.lr, warmup_steps=self.warmup_steps,
+                             gamma=self.gamma, lambda_early=self.mtp_lambda, lambda_late=self.mtp_lambda / 3)
+
+
+@dataclass
+class TrainConfig:
+    """Train a miniature DeepSeek-V3 on real text."""
+
+    name: str = "toy"
+    """Name of the run."""
+    out: Path | None = None
+    """Run folder; default runs/NAME."""
+    preset: str = "toy"
+    """toy, small, v2_lite, v3, or the path of a config.json."""
+    model: tuple[str, ...] = ()
+    """Model fields to change, as FIELD=JSON: --model hidden_size=256 num_nextn_predict_layers=0."""
+    data: DataConfig = field(default_factory=DataConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    seed: int = 0
+    """Seeds the weights; the data has its own."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+    precision: Literal["auto", "fp32", "bf16-autocast", "bf16", "fp16"] = "auto"
+    """fp32; bf16-autocast (FP32 weights, BF16 products); bf16 or fp16 weights with FP32 masters, fp16 with loss
+    scaling. auto: fp32 on the CPU, bf16-autocast on CUDA."""
+    micro_batch: int = 16
+    """Sequences in one forward pass; a larger global batch is accumulated."""
+    document_mask: bool = False
+    """Keep attention, positions and labels inside a document (V3 pre-trains without)."""
+    recompute: bool = False
+    """Recompute each block's activations in the backward pass: less memory, a third more compute."""
+    eval_every: int = 50
+    """Steps between validation losses; 0 for none."""
+    eval_rows: int = 32
+    """Validation rows."""
+    save_every: int = 100
+    """Steps between checkpoints; one is always made at the end."""
+    keep: int = 2
+    """Checkpoints to keep."""
+    max_skips: int = 10
+    """Steps in a row that may be skipped for a loss or gradient that is not finite."""
+    prompts: tuple[str, ...] = ("def main(", "class ", "import ")
+    """What the sample at the end continues; the run writes sample.txt."""
+    sample_tokens: int = 96
+    """Tokens to generate for each prompt; 0 for no sample."""
+    resume: bool = False
+    """Continue the run in the folder, bit for bit."""
+    overwrite: bool = False
+    """Delete the run in the folder first."""
+
+    def __post_init__(self) -> None:
+        allowed = ("auto", "fp32", "bf16-autocast", "bf16", "fp16")
+        if self.precision not in allowed:
+            raise ValueError(f"precision = {self.precision!r}: must be one of {', '.join(allowed)}")
+        lows = {"micro_batch": 1, "eval_rows": 1, "save_every": 1, "keep": 1, "max_skips": 1, "eval_every": 0,
+                "sample_tokens": 0, "seed": 0}
+        for name, low in lows.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: must be at least {low}")
+        if not self.name or "/" in self.name:
+            raise ValueError(f"name = {self.name!r}: must be a folder name without '/'")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other: the one continues the run, the other deletes it")
+        self._check_device()
+        self.recipe.build()
+
+    def _check_device(self) -> None:
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise ValueError(f"device = {self.device!r}: must be cpu, cuda or cuda:N ({error})") from None
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"device = {self.device!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"device = {self.device!r}: must be cpu, cuda or cuda:N")
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.out) if self.out is not None else Path("runs") / self.name
+
+    @property
+    def resolved_precision(self) -> str:
+        """`precision` with auto decided."""
+        if self.precision != "auto":
+            return self.precision
+        return "bf16-autocast" if torch.device(self.device).type == "cuda" else "fp32"
+
+    def model_config(self, vocab_size: int, bos: int, eos: int) -> ModelConfig:
+        """The preset (or file) with the tokenizer's vocabulary and the overrides of `model`."""
+        changes: dict = {"vocab_size": vocab_size, "bos_token_id": bos, "eos_token_id": eos}
+        for item in self.model:
+            key, _, value = item.partition("=")
+            try:
+                changes[key] = json.loads(value)
+            except json.JSONDecodeError:
+                changes[key] = value  # a bare word is a string
+        if self.preset.endswith(".json"):
+            config = ModelConfig.from_json(self.preset).replace(**changes)
+        else:
+            config = ModelConfig.preset(self.preset).replace(**changes)
+        if self.recipe.sequence_length > config.max_position_embeddings:
+            raise ValueError(f"recipe.sequence_length = {self.recipe.sequence_length}: must be at most the model's "
+                             f"max_position_embeddings = {config.max_position_embeddings}")
+        if config.vocab_size < vocab_size:
+            raise ValueError(f"model vocab_size = {config.vocab_size}: must be at least the tokenizer's {vocab_size}")
+        return config
+
+    def to_dict(self) -> dict:
+        """Nested settings for run.json, paths as text."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
