@@ -1,6 +1,6 @@
 """Mixture of experts: many small feed-forward nets, K of them a token, and one for all [V3 section 2.1.2, eq. 12].
 
-    out_t = Shared(x_t) + sum over the chosen i of g_t,i * Expert_i(x_t),        Expert(x) = W_down (silu(W_gate x) * W_up x)
+    out_t = Shared(x_t) + sum over the chosen i of g_t,i * Expert_i(x_t),   Expert(x) = W_down (silu(W_gate x) * W_up x)
 
 The problem is to run E differently sized little batches at the speed of one large product. The weights of all experts
 are stacked; tokens are sorted by expert (*dispatch*), so that each expert's tokens lie side by side, one grouped GEMM
