@@ -1,4 +1,4 @@
-"""Real text to rows of tokens (V3 sections 4.1 and 4.2): corpus -> filters -> tokenizer -> packing; build joins them."""
+"""Real text to rows of tokens (V3 4.1, 4.2): corpus -> filters -> tokenizer -> packing; build joins them."""
 
 from .build import Data, DataConfig, build_data
 from .corpus import Document, read_corpus

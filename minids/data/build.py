@@ -7,7 +7,7 @@ setting they depend on, so a changed corpus or setting makes a new file and neve
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -170,9 +170,8 @@ def _encoded(
     if (stream := _load_stream(path)) is not None:
         return stream, True
     stream = encode_stream(documents, tokenizer, progress=progress, **settings)
-    write_atomically(
-        path, lambda temporary: save_file({k: np.asarray(v) for k, v in asdict(stream).items()}, temporary)
-    )
+    tensors = {"tokens": stream.tokens, "starts": stream.starts, "fim_documents": np.array(stream.fim_documents)}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary))
     return stream, False
 
 

@@ -51,7 +51,7 @@ class CorpusError(ValueError):
 
 @dataclass(frozen=True)
 class Document:
-    """One text and where it came from, e.g. `stdlib/json/decoder.py`, `web.jsonl@4711` (byte offset) or `web.parquet:7` (row).
+    """One text and where it came from: `stdlib/json/decoder.py`, `web.jsonl@4711` (byte) or `web.parquet:7` (row).
 
     Bytes that are not UTF-8 arrive as lone surrogates (Python's `surrogateescape`); the quality filter drops such
     documents.

@@ -65,7 +65,7 @@ class BytePairTokenizer:
 
     def __init__(self, backend: Tokenizer):
         self.backend = backend
-        self._plain = _without_control_tokens(backend)
+        self._plain = _blind_to_control_tokens(backend)
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         ids = {role: _find_id(backend, role) for role in SPECIAL_NAMES}
         self.bos_id, self.eos_id = ids["bos"], ids["eos"]
@@ -95,7 +95,7 @@ class BytePairTokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "BytePairTokenizer":
-        """Read a tokenizer.json, or the one in a folder. TokenizerError if it is missing, broken or without bos or eos."""
+        """Read a tokenizer.json, or the one in a folder. TokenizerError if missing, broken or without bos or eos."""
         path = Path(path).expanduser()
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
@@ -193,8 +193,10 @@ def _is_control(token: dict) -> bool:
     return token["special"] or named or (spelling[:2] in ("<｜", "<|") and spelling[-2:] in ("｜>", "|>"))
 
 
-def _without_control_tokens(backend: Tokenizer) -> Tokenizer:
+def _blind_to_control_tokens(backend: Tokenizer) -> Tokenizer:
     description = json.loads(backend.to_str())
-    description["added_tokens"] = [token for token in description["added_tokens"] if not _is_control(token)]
-    description["post_processor"] = None  # a template names tokens that are gone, and only ever adds special ones
-    return Tokenizer.from_str(json.dumps(description))
+    for token in description["added_tokens"]:  # they stay in the list, or the ids of those after them would shift
+        token["special"] = _is_control(token)
+    plain = Tokenizer.from_str(json.dumps(description))
+    plain.encode_special_tokens = True  # as text: the library's name for "do not look for special tokens"
+    return plain
