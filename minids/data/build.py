@@ -89,17 +89,17 @@ def build_data(config: DataConfig, sequence_length: int, progress: bool = True) 
     stats: documents_read, bytes_read, documents_kept, bytes_kept, dropped (count by reason), vocab_size,
     bytes_per_token (validation text), cached (which of tokenizer and tokens came from the cache), and for train and
     valid: documents, fim_documents, bytes, tokens, rows, dropped_tokens. Raises ValueError (CorpusError,
-    TokenizerError, PackingError) before any slow work where the fault can be known.
+    TokenizerError, PackingError) or OSError (cache) before any slow work where the fault can be known.
     """
     if sequence_length < 1:
         raise ValueError(f"sequence_length={sequence_length}: at least 1")
     published = BytePairTokenizer.load(config.tokenizer) if config.tokenizer else None
     if published and config.fim_rate and not published.has_fim:
         raise PackingError(f"fim_rate={config.fim_rate}: {config.tokenizer} has no FIM tokens; set fim_rate to 0")
+    cache = cache_folder(config.cache_dir)
     read = read_corpus(config.corpus, config.path, config.text_field, config.max_bytes, config.seed)
     kept, dropped = filter_documents(read, config.min_chars)
     train_documents, valid_documents = split_documents(kept, config.valid_fraction, config.seed)
-    cache = cache_folder(config.cache_dir)
     if published is None:
         tokenizer, tokenizer_cached = _trained(train_documents, config.vocab_size, cache, progress)
     else:

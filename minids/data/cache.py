@@ -8,8 +8,18 @@ from pathlib import Path
 
 
 def cache_folder(folder: str | Path | None = None) -> Path:
-    """The given folder, else the environment variable MINIDS_CACHE, else ~/.cache/minids."""
-    return Path(folder or os.environ.get("MINIDS_CACHE") or "~/.cache/minids").expanduser()
+    """The given folder, else the environment variable MINIDS_CACHE, else ~/.cache/minids; made if it is not there.
+
+    Raises OSError if it cannot be written.
+    """
+    path = Path(folder or os.environ.get("MINIDS_CACHE") or "~/.cache/minids").expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError("no permission to write")
+    except OSError as error:
+        raise OSError(f"cache_dir={str(path)!r}: {error}; name another folder by cache_dir or MINIDS_CACHE") from None
+    return path
 
 
 def cache_key(*parts) -> str:

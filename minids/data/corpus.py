@@ -125,10 +125,9 @@ def list_units(corpus: str, path: str | Path | None = None, text_field: str = "t
 def _installed_units(name: str, roots: list[str], suffixes: frozenset[str], skip: frozenset[str]) -> list[Unit]:
     units = {}
     for root in map(Path, roots):
-        for file in _walk(root, skip):
-            if file.suffix.lower() in suffixes:
-                origin = f"{name}/{file.relative_to(root).as_posix()}"
-                units[origin] = _text_unit(origin, file)
+        for file in _walk(root, skip, tuple(suffixes)):
+            origin = f"{name}/{file.relative_to(root).as_posix()}"
+            units[origin] = _text_unit(origin, file)
     return [units[origin] for origin in sorted(units)]
 
 
@@ -153,12 +152,13 @@ def _folder_units(path: Path, text_field: str) -> list[Unit]:
     return units
 
 
-def _walk(root: Path, skip: frozenset[str]) -> list[Path]:
-    """All files under a folder, sorted, without hidden ones and without folders named in `skip`."""
+def _walk(root: Path, skip: frozenset[str], suffixes: tuple[str, ...] = ("",)) -> list[Path]:
+    """Files under a folder with one of `suffixes`, in a fixed order, not hidden and not in folders named in `skip`."""
     files = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = sorted(name for name in subfolders if name not in skip and not name.startswith("."))
-        files.extend(Path(folder, name) for name in sorted(names) if not name.startswith("."))
+        names = sorted(name for name in names if name.lower().endswith(suffixes) and not name.startswith("."))
+        files.extend(Path(folder, name) for name in names)
     return [file for file in files if file.is_file()]
 
 

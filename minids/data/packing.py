@@ -177,7 +177,14 @@ def encode_stream(
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     table = combined_tokens(tokenizer) if split_rate else {}
     pieces, lengths, n_fim = [np.empty(0, dtype)], [], 0
-    bar = tqdm(total=sum(d.n_bytes for d in documents), unit="B", unit_scale=True, desc="encode", disable=not progress)
+    bar = tqdm(
+        total=sum(d.n_bytes for d in documents),
+        unit="B",
+        unit_scale=True,
+        desc="encode",
+        leave=False,
+        disable=not progress,
+    )
     for batch in _batches(documents):
         texts = [_parts(document, fim_rate, seed) for document in batch]
         encoded = iter(tokenizer.encode_batch([part for parts in texts for part in parts]))

@@ -118,6 +118,13 @@ def test_faults_of_the_text_are_told(folder):
         build_data(folder, 0, progress=False)
 
 
+def test_a_cache_that_cannot_be_written_is_told_before_reading(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    config = DataConfig(corpus="folder", path="/no/such/place", cache_dir=str(tmp_path / "file" / "cache"))
+    with pytest.raises(OSError, match="cache_dir='.*file/cache': .*; name another folder by cache_dir or MINIDS_CACHE"):
+        build_data(config, 16)
+
+
 def test_fim_without_fim_tokens_is_refused_before_reading(tokenizer, tmp_path):
     description = json.loads(tokenizer.backend.to_str())
     description["added_tokens"] = description["added_tokens"][:2]
