@@ -41,7 +41,7 @@ def run(rounds: int) -> Report:
 def contestants(model: Transformer, twin, batch: int) -> tuple[Callable[[], list], Callable[[], list]]:
     """Both sides' work as functions that return the new tokens, a list a row."""
     generator = torch.Generator().manual_seed(batch)
-    prompts_BT = torch.randint(0, model.config.vocab_size, (batch, PROMPT_TOKENS), generator=generator)
+    prompts_BT = torch.randint(0, model.cfg.vocab_size, (batch, PROMPT_TOKENS), generator=generator)
     prompts, mask_BT = prompts_BT.tolist(), torch.ones_like(prompts_BT)
 
     def ours() -> list[list[int]]:
@@ -81,10 +81,10 @@ def add_row(report: Report, model: Transformer, batch: int, times: dict[str, lis
 
 def step_bytes(model: Transformer, batch: int) -> float:
     """Weight bytes a decode step reads, expected over uniformly routed tokens: experts count when any of the rows chose them."""
-    config, size = model.config, model.lm_head.weight.element_size()
-    embedding = config.vocab_size * config.hidden_size
+    cfg, size = model.cfg, model.lm_head.weight.element_size()
+    embedding = cfg.vocab_size * cfg.hidden_size
     dense = 0.0
     for name, parameter in model.named_parameters():
-        hit = 1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** batch
+        hit = 1 - (1 - cfg.num_experts_per_tok / cfg.n_routed_experts) ** batch
         dense += parameter.numel() * (hit if ".experts." in name else 1.0)
     return (dense - embedding) * size

@@ -50,10 +50,10 @@ def generate(
     Raises ValueError or TypeError before any work for an empty prompt, a token outside the vocabulary, more tokens than
     max_position_embeddings, or impossible knobs; FloatingPointError if the model's logits are not finite.
     """
-    prompts = check_prompts(prompts, max_new_tokens, model.config.vocab_size, model.config.max_position_embeddings)
+    prompts = check_prompts(prompts, max_new_tokens, model.cfg.vocab_size, model.cfg.max_position_embeddings)
     check_sampling(temperature, top_p)
     generators = row_generators(row_seeds(seed, len(prompts)))
-    stop = stop_tokens(eos_token_id, model.config.vocab_size)
+    stop = stop_tokens(eos_token_id, model.cfg.vocab_size)
     outputs: list[list[int]] = [[] for _ in prompts]
     if not prompts:
         return outputs
@@ -89,7 +89,7 @@ def prefill(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens
     tokens_BT = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
     n_valid = None if min(lengths) == longest else torch.tensor(lengths, device=device)
     cache = LatentCache(
-        model.config, batch=len(prompts), max_length=longest + max_new_tokens - 1, device=device, dtype=dtype
+        model.cfg, batch=len(prompts), max_length=longest + max_new_tokens - 1, device=device, dtype=dtype
     )
     return model(tokens_BT, cache=cache, n_valid=n_valid, last_only=True).logits[:, 0], cache
 

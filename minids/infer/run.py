@@ -13,7 +13,7 @@ from typing import Literal, TextIO
 import torch
 
 from minids.checkpoint import load
-from minids.data.tokenizer import Tokenizer
+from minids.data.tokenizer import BytePairTokenizer
 from minids.infer.generate import generate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,7 +51,7 @@ class TextStream:
     until `flush`. All earlier text is final: bytes that follow cannot change characters before the last one.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: BytePairTokenizer):
         self.tokenizer = tokenizer
         self.pending: list[int] = []  # tokens since the last point where the text was complete
         self.printed = 0  # characters of their text that were handed out already
@@ -82,7 +82,7 @@ def run_generate(config: GenerateConfig, out: TextIO | None = None) -> list[str]
     out = out or sys.stdout
     texts = read_prompts(config)
     folder = resolve_checkpoint(config.checkpoint)
-    tokenizer = Tokenizer.load(find_tokenizer(folder))
+    tokenizer = BytePairTokenizer.load(find_tokenizer(folder))
     model = load(folder, dtype=DTYPES.get(config.dtype), device=torch.device(config.device))
     prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
 

@@ -63,6 +63,12 @@ class LatentCache:
             rows[:, self.filled : end] = latent_BTc
         return rows[:, :end]
 
+    def select(self, rows: Tensor) -> None:
+        """Keeps only ``rows`` (n,) int64, in this order: the others have finished."""
+        self.data, self.lengths = self.data[:, rows], self.lengths[rows]
+        kept = self.lengths.tolist()
+        self.filled, self.ragged = max(kept), min(kept) < max(kept)
+
 
 def causal_mask(t: int, s: int, device) -> Tensor:
     """(T, S) bool, True where the t-th of the last T tokens may see slot s: itself and what lies before."""

@@ -59,10 +59,10 @@ def test_nucleus_by_hand():
 
 
 @settings(max_examples=100, deadline=None)
-@given(counts=st.lists(st.integers(0, 8), min_size=1, max_size=7).filter(any), eighths=st.integers(1, 63))
-def test_nucleus_is_the_smallest_set_that_reaches_p(counts, eighths):
-    """Brute force over all subsets, in exact arithmetic: 64ths of the total are represented exactly enough to compare."""
-    total, p = sum(counts), eighths / 64 + 1 / 1000  # never equal to a reachable mass (those have denominators <= 56)
+@given(counts=st.lists(st.integers(0, 8), min_size=1, max_size=7).filter(any), sixtyfourths=st.integers(1, 63))
+def test_nucleus_is_the_smallest_set_that_reaches_p(counts, sixtyfourths):
+    """Brute force over all subsets of up to seven tokens with probabilities count / total."""
+    total, p = sum(counts), sixtyfourths / 64 + 1 / 1000  # no count / total equals this p, as total <= 56
     probs = torch.tensor([counts], dtype=torch.float64) / total
     kept = keep_nucleus(probs, p)[0]
     subsets = (s for size in range(1, len(counts) + 1) for s in itertools.combinations(range(len(counts)), size))
@@ -73,7 +73,6 @@ def test_nucleus_is_the_smallest_set_that_reaches_p(counts, eighths):
     assert len(support) == smallest
     assert sum(counts[i] for i in support) == best
     torch.testing.assert_close(kept[support], torch.tensor([counts[i] / best for i in support], dtype=torch.float64))
-
 
 
 def test_top_p_one_keeps_the_whole_distribution():
