@@ -1,9 +1,9 @@
 """What every benchmark needs: fair timing, the machine's own limit beside each figure, and one way to report.
 
-How the figures are made comparable. Machines slow down and speed up while a benchmark runs, so candidates are never timed one after
-the other: each round times every candidate once, in rotating order, and the figure is the median over the rounds. The ratio
-of two candidates is the median of the ratios within a round, since both saw the same machine there. The matmul rate is measured in the same run:
-it says which part of the machine's arithmetic a figure reaches.
+How the figures are made comparable. Machines slow down and speed up while a benchmark runs, so candidates are never
+timed one after the other: each round times every candidate once, in rotating order, and the figure is the median over
+the rounds. The ratio of two candidates is the median of the ratios within a round, since both saw the same machine
+there. The matmul rate is measured in the same run: it says which part of the machine's arithmetic a figure reaches.
 
 Units: seconds, FLOP/s (a multiply-add counts two).
 """
@@ -25,7 +25,7 @@ import torch
 
 @dataclass
 class Report:
-    """A benchmark's table: `rows` are cells under `columns`; `notes` are printed below; `data` holds the raw figures for the JSON."""
+    """A benchmark's table: cells under `columns`, `notes` to print below it, and `data`, raw figures for the JSON."""
 
     title: str
     columns: list[str]
@@ -65,9 +65,11 @@ def seconds(function: Callable[[], object]) -> float:
 def interleaved(
     candidates: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1, matmul_dtype: torch.dtype | None = None
 ) -> dict[str, list[float]]:
-    """Time the candidates against each other: name -> seconds of each round. Garbage is collected between, never inside, calls.
+    """Time the candidates against each other: name -> seconds of each round. Garbage is collected between, never
+    inside, calls.
 
-    With `matmul_dtype`, each round also measures the matmul rate, under the name "matmul" (seconds a FLOP, see `matmul_seconds`).
+    With `matmul_dtype`, each round also measures the matmul rate, under the name "matmul" (seconds a FLOP, see
+    `matmul_seconds`).
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")

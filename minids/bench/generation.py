@@ -1,9 +1,10 @@
 """Generation with cache beside transformers' `generate`: 64 new tokens, greedy, the same weights, one thread.
 
 What is compared. Both sides get the same 19.7M model and the same random prompts, and must first write exactly the same
-tokens; only then are they timed, interleaved. transformers caches the latent too, but expands it to keys and values of all heads
-at every step; here decoding stays in the latent space (absorbed MLA), and a step is few enough operations that the weights' bytes, not
-Python, set the pace. The last column is the bandwidth at which one step's weights are read: at batch 1 that is the limit.
+tokens; only then are they timed, interleaved. transformers caches the latent too, but expands it to keys and values of
+all heads at every step; here decoding stays in the latent space (absorbed MLA), and a step is few enough operations
+that the weights' bytes, not Python, set the pace. The last column is the bandwidth at which one step's weights are
+read: at batch 1 that is the limit.
 """
 
 from collections.abc import Callable
@@ -49,7 +50,12 @@ def contestants(model: Transformer, twin, batch: int) -> tuple[Callable[[], list
 
     def theirs() -> list[list[int]]:
         rows = twin.generate(
-            prompts_BT, attention_mask=mask_BT, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+            prompts_BT,
+            attention_mask=mask_BT,
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
         )
         return rows[:, PROMPT_TOKENS:].tolist()
 
@@ -80,7 +86,7 @@ def add_row(report: Report, model: Transformer, batch: int, times: dict[str, lis
 
 
 def step_bytes(model: Transformer, batch: int) -> float:
-    """Weight bytes a decode step reads, expected over uniformly routed tokens: experts count when any of the rows chose them."""
+    """Weight bytes a decode step reads, expected over uniform routing: an expert counts when any row chose it."""
     cfg, size = model.cfg, model.lm_head.weight.element_size()
     embedding = cfg.vocab_size * cfg.hidden_size
     dense = 0.0

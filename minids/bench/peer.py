@@ -1,4 +1,4 @@
-"""The peer of the model's benchmarks: transformers' DeepseekV3 with the very same weights, and the model both are measured on."""
+"""The model all CPU figures are measured on, and its peer: transformers' DeepseekV3 with the very same weights."""
 
 import tempfile
 from pathlib import Path
@@ -11,7 +11,8 @@ from minids.model.transformer import Transformer
 
 
 def benchmark_config(**overrides) -> ModelConfig:
-    """The 19.7M model of all CPU figures: V3's shape (MLA, sigmoid router with bias and groups, shared expert), scaled down.
+    """The 19.7M model of all CPU figures: V3's shape (MLA, sigmoid router with bias and groups, shared expert), scaled
+    down.
 
     Without MTP, which transformers' model leaves out, so that both sides do the same work.
     """
@@ -36,8 +37,8 @@ def benchmark_model(seed: int = 0, **overrides) -> Transformer:
 def transformers_twin(model: Transformer, experts: str = "grouped_mm"):
     """transformers' model with the weights of `model`, in its dtype, handed over as a published checkpoint.
 
-    experts: transformers' implementation of the experts, "grouped_mm" (the fastest on the CPU) or "eager". Raises RuntimeError if a
-    weight did not arrive, since a randomly initialised one would be timed without anybody noticing.
+    experts: transformers' implementation of the experts, "grouped_mm" (the fastest on the CPU) or "eager". Raises
+    RuntimeError if a weight did not arrive, since a randomly initialised one would be timed without anybody noticing.
     """
     from transformers import AutoModelForCausalLM
 

@@ -1,18 +1,20 @@
 """Generation: a batch of prompts in, their continuations out, with every past token kept as one latent vector.
 
-The problem. Token t+1 depends on all tokens before it, so writing n tokens by running the whole text each time costs O(n^2) forwards
-of a token. MLA keeps, per token and layer, only the latent c^KV and the shared rotated key k^R (576 numbers in V3), and a
-step then runs one token:
+The problem. Token t+1 depends on all tokens before it, so writing n tokens by running the whole text each time costs
+O(n^2) forwards of a token. MLA keeps, per token and layer, only the latent c^KV and the shared rotated key k^R (576
+numbers in V3), and a step then runs one token:
 
     prefill   all prompts at once, naive attention (compute-bound: many queries share each expanded key)
     decode    one token a row and step, absorbed attention (byte-bound: the latent is read, never expanded)
 
-Prompts of different lengths share a batch by right padding: row b's tokens take positions 0 .. n_valid[b]-1, padding is never attended
-and the next token overwrites it. A row's text is therefore the one it would have alone: rows share weights, never values.
+Prompts of different lengths share a batch by right padding: row b's tokens take positions 0 .. n_valid[b]-1, padding is
+never attended and the next token overwrites it. A row's text is therefore the one it would have alone: rows share
+weights, never values.
 
-Simplifications: all prompts start together (no continuous batching), the cache is one contiguous block a row (no pages), one token a
-step (no speculation). Rows that finish early run on unheeded until half of the batch has finished, then the batch is
-compacted: each copy of the cache is at most half the one before, so that all copies together cost less than one full cache.
+Simplifications: all prompts start together (no continuous batching), the cache is one contiguous block a row (no
+pages), one token a step (no speculation). Rows that finish early run on unheeded until half of the batch has finished,
+then the batch is compacted: each copy of the cache is at most half the one before, so that all copies together cost
+less than one full cache.
 
 Shapes: B batch rows, T prompt tokens, V vocabulary.
 Source: DeepSeek-V3, section 2.1.1 (what is cached); DeepSeek-V2, appendix C (absorption).
@@ -40,12 +42,12 @@ def generate(
     eos_token_id: int | Iterable[int] | None = None,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt by up to `max_new_tokens` tokens; returns the new tokens of each, the eos that ended it included.
+    """Continue each prompt by up to `max_new_tokens` tokens; returns each one's new tokens, a final eos included.
 
-    prompts: token lists of any lengths >= 1. temperature 0 is greedy, else see `minids.infer.sampling`. seed: one integer s, and row r
-    then draws from its own generator seeded s + r; or one a prompt. eos_token_id: token or tokens that end a row, None for none.
-    on_token(row, token) is called as each token is chosen. The result for a prompt (with its seed) does not depend on the other
-    prompts, up to the rounding of matrix products of different sizes.
+    prompts: token lists of any lengths >= 1. temperature 0 is greedy, else see `minids.infer.sampling`. seed: one
+    integer s, and row r then draws from its own generator seeded s + r; or one a prompt. eos_token_id: token or tokens
+    that end a row, None for none. on_token(row, token) is called as each token is chosen. The result for a prompt (with
+    its seed) does not depend on the other prompts, up to the rounding of matrix products of different sizes.
 
     Raises ValueError or TypeError before any work for an empty prompt, a token outside the vocabulary, more tokens than
     max_position_embeddings, or impossible knobs; FloatingPointError if the model's logits are not finite.
@@ -88,9 +90,7 @@ def prefill(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens
     longest = max(lengths)
     tokens_BT = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
     n_valid = None if min(lengths) == longest else torch.tensor(lengths, device=device)
-    cache = LatentCache(
-        model.cfg, batch=len(prompts), max_length=longest + max_new_tokens - 1, device=device, dtype=dtype
-    )
+    cache = LatentCache(model.cfg, batch=len(prompts), max_length=longest + max_new_tokens - 1, device=device, dtype=dtype)
     return model(tokens_BT, cache=cache, n_valid=n_valid, last_only=True).logits[:, 0], cache
 
 
@@ -105,7 +105,7 @@ def compact(slots: list[int], done: list[bool], tokens_B: Tensor, cache: LatentC
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, vocab_size: int, limit: int) -> list[list[int]]:
-    """The prompts as lists of plain integers. Raises for an empty one, a token outside the vocabulary, or too many tokens."""
+    """The prompts as lists of plain integers. Raises if one is empty, too long, or outside the vocabulary."""
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
         raise TypeError(f"max_new_tokens must be an integer, got {max_new_tokens!r}")
     if max_new_tokens < 1:
@@ -133,7 +133,7 @@ def check_prompt(row: int, prompt: Sequence[int], max_new_tokens: int, vocab_siz
 
 
 def row_seeds(seed: int | Sequence[int], rows: int) -> list[int]:
-    """One seed a row: s, s+1, ... for an integer, else the given ones. Raises ValueError if their number is not that of the rows."""
+    """One seed a row: s, s+1, ... for an integer, else the given ones, which must be as many as the rows."""
     if isinstance(seed, Sequence) and not isinstance(seed, str):
         if len(seed) != rows:
             raise ValueError(f"seed must be one integer or one a prompt: got {len(seed)} seeds for {rows} prompts")

@@ -1,7 +1,7 @@
 """`python -m minids generate`: a checkpoint and a prompt in, text on the terminal.
 
-The problem that is more than plumbing: tokens of a byte-level BPE are bytes, and a character may span several of them (an emoji has
-four bytes). `TextStream` therefore prints a token's text only as far as its characters are complete.
+The problem that is more than plumbing: tokens of a byte-level BPE are bytes, and a character may span several of them
+(an emoji has four bytes). `TextStream` therefore prints a token's text only as far as its characters are complete.
 """
 
 import sys
@@ -12,9 +12,12 @@ from typing import Literal, TextIO
 
 import torch
 
-from minids.checkpoint import load
+from minids.checkpoint import is_checkpoint, load
 from minids.data.tokenizer import BytePairTokenizer
+from minids.folder import restore_interrupted
 from minids.infer.generate import generate
+from minids.infer.sampling import check_sampling, check_seed
+from minids.train.state import latest_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REPLACEMENT = "\ufffd"  # what decoding puts in place of bytes that are no (complete) character
@@ -25,7 +28,7 @@ class GenerateConfig:
     """Write text with a trained model."""
 
     checkpoint: Path
-    """Folder of a checkpoint (config.json, safetensors, tokenizer.json), or of a training run: then its latest checkpoint."""
+    """Folder of a checkpoint (config.json, safetensors, tokenizer.json) or of a training run (its latest checkpoint)."""
     prompt: tuple[str, ...] = ()
     """Text to continue; several prompts run as one batch."""
     prompt_file: Path | None = None
@@ -47,8 +50,9 @@ class GenerateConfig:
 class TextStream:
     """Turns a stream of tokens into pieces of text whose concatenation is the text of all tokens.
 
-    A byte sequence that is still incomplete decodes to one U+FFFD at the end; it is held back until the next tokens complete it, or
-    until `flush`. All earlier text is final: bytes that follow cannot change characters before the last one.
+    A byte sequence that is still incomplete decodes to one U+FFFD at the end; it is held back until the next tokens
+    complete it, or until `flush`. All earlier text is final: bytes that follow cannot change characters before the last
+    one. (`tokenizers.decoders.DecodeStream` has no flush, and loses or refuses bytes that never become a character.)
     """
 
     def __init__(self, tokenizer: BytePairTokenizer):
@@ -75,15 +79,19 @@ class TextStream:
 
 
 def run_generate(config: GenerateConfig, out: TextIO | None = None) -> list[str]:
-    """Load, generate and print to `out` (default stdout): streamed for one prompt, each complete at the end for several.
+    """Load, generate and print to `out` (default stdout): one prompt streams, several are printed at the end.
 
-    Speed goes to stderr. Returns the new text of each prompt. Raises ValueError or FileNotFoundError before loading for bad input.
+    Speed goes to stderr. Returns the new text of each prompt. Raises ValueError or FileNotFoundError before loading for
+    bad input.
     """
     out = out or sys.stdout
+    check_sampling(config.temperature, config.top_p)
+    check_seed(config.seed)
+    device = check_device(config.device)
     texts = read_prompts(config)
     folder = resolve_checkpoint(config.checkpoint)
     tokenizer = BytePairTokenizer.load(find_tokenizer(folder))
-    model = load(folder, dtype=DTYPES.get(config.dtype), device=torch.device(config.device))
+    model = load(folder, dtype=DTYPES.get(config.dtype), device=device)
     prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
 
     stream = TextStream(tokenizer)
@@ -112,6 +120,16 @@ def run_generate(config: GenerateConfig, out: TextIO | None = None) -> list[str]
     return written
 
 
+def check_device(name: str) -> torch.device:
+    """The device of that name. Raises ValueError if there is none, or if it cannot be used here."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
 def print_all(texts: list[str], written: list[str], out: TextIO) -> None:
     """Several prompts and their continuations, each under a numbered rule."""
     for row, (text, new) in enumerate(zip(texts, written, strict=True)):
@@ -129,19 +147,18 @@ def read_prompts(config: GenerateConfig) -> list[str]:
 
 
 def resolve_checkpoint(folder: Path) -> Path:
-    """The checkpoint folder: the one given, or the one that a run folder's `latest` file names. Raises FileNotFoundError."""
-    latest = folder / "latest"
-    if latest.is_file():
-        folder = folder / latest.read_text(encoding="utf-8").strip()
-    if not (folder / "config.json").is_file():
+    """The folder given, or the newest checkpoint of a training run's folder. Raises FileNotFoundError."""
+    restore_interrupted(folder)
+    found = folder if is_checkpoint(folder) else latest_checkpoint(folder)
+    if found is None:
         raise FileNotFoundError(
-            f"{folder} is no checkpoint: it has no config.json (expected a checkpoint's folder, or a run's folder with `latest`)"
+            f"checkpoint={str(folder)!r} holds neither a checkpoint (config.json, safetensors) nor a training run (latest)"
         )
-    return folder
+    return found
 
 
 def find_tokenizer(folder: Path) -> Path:
-    """tokenizer.json of a checkpoint, which a run keeps beside its checkpoints. Raises FileNotFoundError naming both places."""
+    """tokenizer.json in the checkpoint's folder, or beside it as in a run. Raises FileNotFoundError."""
     places = [folder / "tokenizer.json", folder.parent / "tokenizer.json"]
     for place in places:
         if place.is_file():

@@ -1,18 +1,19 @@
 """Sampling: from the logits of one position to the next token.
 
-The problem. The model gives every token v of the vocabulary a logit z_v. Decoding has to choose one token, and three knobs shape
-the choice:
+The problem. The model gives every token v of the vocabulary a logit z_v. Decoding has to choose one token, and three
+knobs shape the choice:
 
-    temperature tau    p_v = softmax(z / tau)_v           tau -> 0 is greedy decoding, tau = 1 the model's own distribution
+    temperature tau    p_v = softmax(z / tau)_v; tau -> 0 is greedy decoding, tau = 1 the model's own distribution
     nucleus top_p      keep the smallest set of most probable tokens whose mass reaches top_p, renormalise
     seed               the uniform number u in [0, 1) that picks the token
 
-A token is drawn by inverting the cumulative distribution: the first v with  p_0 + ... + p_v > u * sum(p).  One uniform number a row
-and step is all the randomness there is, and it comes from the row's own generator. So a request's text depends on its own
-seed and never on which other requests share its batch, and a shaped distribution is available as a tensor of its own, which is what
-rejection sampling (speculative decoding) compares between a draft and the model.
+A token is drawn by inverting the cumulative distribution: the first v with  p_0 + ... + p_v > u * sum(p).  One uniform
+number a row and step is all the randomness there is, and it comes from the row's own generator. So a request's text
+depends on its own seed and never on which other requests share its batch, and a shaped distribution is available as a
+tensor of its own, which is what rejection sampling (speculative decoding) compares between a draft and the model.
 
-Simplifications: no top-k, min-p or repetition penalties; R1 is evaluated with temperature 0.6 and top-p 0.95, and those two knobs suffice.
+Simplifications: no top-k, min-p or repetition penalties; R1 is evaluated with temperature 0.6 and top-p 0.95, and those
+two knobs suffice.
 
 Shapes: B batch rows, V vocabulary.
 Source: nucleus sampling is Holtzman et al. 2020 (arXiv 1904.09751), section 3.1; the knobs' values DeepSeek-R1, section 3.
@@ -28,7 +29,7 @@ MAX_SEED = 2**63 - 1
 
 
 def check_sampling(temperature: float, top_p: float) -> None:
-    """Refuse knobs that define no distribution. Raises ValueError or TypeError naming the knob, its value and what is allowed."""
+    """Refuse knobs that define no distribution: ValueError or TypeError with the knob, its value and what is allowed."""
     for name, value in (("temperature", temperature), ("top_p", top_p)):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"{name} must be a number, got {value!r}")
@@ -66,8 +67,8 @@ def greedy(logits_BV: Tensor) -> Tensor:
 def probabilities(logits_BV: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
     """The distribution that temperature and top_p make of the logits: (B, V) float -> (B, V) float32, rows sum to 1.
 
-    temperature > 0 here: greedy decoding is a choice (`greedy`), not a distribution. The row's maximum is subtracted before the
-    division, so that no temperature, however small, turns the largest logit into infinity.
+    temperature > 0 here: greedy decoding is a choice (`greedy`), not a distribution. The row's maximum is subtracted
+    before the division, so that no temperature, however small, turns the largest logit into infinity.
     """
     logits_BV = logits_BV.float()
     shifted_BV = logits_BV - logits_BV.amax(dim=-1, keepdim=True)
@@ -78,8 +79,9 @@ def probabilities(logits_BV: Tensor, temperature: float, top_p: float = 1.0) -> 
 def keep_nucleus(probs_BV: Tensor, top_p: float) -> Tensor:
     """Zero every token outside the nucleus and renormalise: (B, V) -> (B, V).
 
-    The nucleus is the smallest set of most probable tokens with mass >= top_p, so a token stays exactly when the tokens before it have
-    not reached top_p yet; the first always stays. Of equally probable tokens the lower id comes first (stable sort).
+    The nucleus is the smallest set of most probable tokens with mass >= top_p, so a token stays exactly when the tokens
+    before it have not reached top_p yet; the first always stays. Of equally probable tokens the lower id comes first
+    (stable sort).
     """
     sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
     mass_before_BV = sorted_BV.double().cumsum(dim=-1) - sorted_BV
@@ -91,8 +93,8 @@ def keep_nucleus(probs_BV: Tensor, top_p: float) -> Tensor:
 def draw(probs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     """Invert the cumulative distribution: (B, V) weights and (B,) uniforms in [0, 1) -> (B,) int64 tokens.
 
-    Summed in float64: at a vocabulary of 129,280 the float32 sum is wrong by more than the smallest probabilities. The comparison is
-    strict, so a token of probability zero is never drawn, not even at u = 0; weights need not sum to one.
+    Summed in float64: at a vocabulary of 129,280 the float32 sum is wrong by more than the smallest probabilities. The
+    comparison is strict, so a token of probability zero is never drawn, not even at u = 0; weights need not sum to one.
     """
     cumulative_BV = probs_BV.double().cumsum(dim=-1)
     target_B1 = uniforms_B.to(cumulative_BV).unsqueeze(-1) * cumulative_BV[:, -1:]
@@ -100,7 +102,7 @@ def draw(probs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
 
 
 def sample(logits_BV: Tensor, temperature: float, top_p: float, generators: Sequence[torch.Generator]) -> Tensor:
-    """The next token of each row: (B, V) logits -> (B,) int64. Greedy at temperature 0, and then no generator is advanced."""
+    """The next token of each row: (B, V) logits -> (B,) int64. Greedy, advancing no generator, at temperature 0."""
     if temperature == 0:
         return greedy(logits_BV)
     return draw(probabilities(logits_BV, temperature, top_p), uniforms(generators))

@@ -122,8 +122,8 @@ def test_rows_are_right_whatever_the_order_in_which_they_finish():
     rows = generate(model, prompts, 30, temperature=1.2, seed=100, eos_token_id=sorted(stop))
     assert len({len(row) for row in rows}) > 5
     for row, prompt in enumerate(prompts):
-        choose = lambda logits, g=row_generators([100 + row]): sample(logits, 1.2, 1.0, g)  # noqa: E731
-        assert rows[row] == without_cache(model, prompt, 30, stop, choose)
+        own = row_generators([100 + row])
+        assert rows[row] == without_cache(model, prompt, 30, stop, lambda logits, own=own: sample(logits, 1.2, 1.0, own))
 
 
 def test_callback_sees_every_token_in_order():
@@ -179,7 +179,11 @@ BAD = [
     (dict(prompts=[1, 2]), TypeError, r"prompts\[0\] must be a sequence of token ids, got 1"),
     (dict(prompts=[[1.5]]), TypeError, r"prompts\[0\] must be a sequence of token ids"),
     (dict(prompts=["text"]), TypeError, r"prompts\[0\] must be a sequence of token ids, got 'text'"),
-    (dict(prompts=[[1] * 60]), ValueError, r"60 tokens; with max_new_tokens=5 that is 65, but max_position_embeddings is 64"),
+    (
+        dict(prompts=[[1] * 60]),
+        ValueError,
+        r"60 tokens; with max_new_tokens=5 that is 65, but max_position_embeddings is 64",
+    ),
     (dict(max_new_tokens=0), ValueError, "max_new_tokens must be at least 1, got 0"),
     (dict(max_new_tokens=2.0), TypeError, "max_new_tokens must be an integer, got 2.0"),
     (dict(temperature=-1), ValueError, "temperature must be finite and >= 0.*got -1"),

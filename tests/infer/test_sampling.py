@@ -146,7 +146,9 @@ def test_impossible_top_p_is_named(top_p):
         check_sampling(1.0, top_p)
 
 
-@pytest.mark.parametrize(("knobs", "name"), [(("1", 1.0), "temperature"), ((1.0, None), "top_p"), ((True, 1.0), "temperature")])
+@pytest.mark.parametrize(
+    ("knobs", "name"), [(("1", 1.0), "temperature"), ((1.0, None), "top_p"), ((True, 1.0), "temperature")]
+)
 def test_knobs_must_be_numbers(knobs, name):
     with pytest.raises(TypeError, match=f"{name} must be a number"):
         check_sampling(*knobs)
