@@ -46,7 +46,7 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, position: int = 0) -> None:
-        self._file = open(path, "ab")  # noqa: SIM115 - closed by close(), lives as long as the run
+        self._file = open(path, "ab")
         size = self._file.tell()
         if size < position:
             self._file.close()
@@ -56,9 +56,7 @@ class MetricsLog:
 
     def write(self, record: dict) -> None:
         """Append one line and hand it to the system (a killed process loses no finished line)."""
-        # JSON has no nan or inf: a skipped step's loss is written as null.
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._file.write((json.dumps(clean) + "\n").encode())
+        self._file.write((json.dumps({k: _plain(v) for k, v in record.items()}) + "\n").encode())
         self._file.flush()
 
     def sync(self) -> int:
@@ -69,6 +67,13 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _plain(value):
+    """JSON has no nan or inf: a skipped step's loss is written as null."""
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(path: str | Path) -> list[dict]:

@@ -3,7 +3,7 @@
 Everything that changes during V3's pre-training is a function of one number, the tokens t seen so far: no counter to
 keep, nothing to restore after a crash, and the same shape at any size. With V3's figures (T = 10^12, B = 10^9):
 
-    lr(t)          0 -> 2.2e-4 in 2000 steps | 2.2e-4 up to 10T | cosine to 2.2e-5 over 4.3T | 2.2e-5 for 333B | 7.3e-6 for 167B
+    lr(t)          0 -> 2.2e-4 in 2000 steps, 2.2e-4 up to 10T, cosine to 2.2e-5 over 4.3T, 2.2e-5 for 333B, 7.3e-6 for 167B
     batch_size(t)  3072 -> 15360 sequences, linearly over the first 469B, then constant
     gamma(t)       0.001 (speed of the balancing bias) up to 14.3T, then 0
     mtp_lambda(t)  0.3 (weight of the MTP loss) up to 10T, then 0.1

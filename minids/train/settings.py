@@ -115,6 +115,7 @@ class TrainConfig:
             raise ValueError("resume and overwrite exclude each other: the one continues the run, the other deletes it")
         self._check_device()
         self.recipe.build()
+        self.model_config()
 
     def _check_device(self) -> None:
         try:
@@ -138,26 +139,32 @@ class TrainConfig:
             return self.precision
         return "bf16-autocast" if torch.device(self.device).type == "cuda" else "fp32"
 
-    def model_config(self, vocab_size: int, bos: int, eos: int) -> ModelConfig:
-        """The preset (or file) with the tokenizer's vocabulary and the overrides of `model`."""
-        changes: dict = {"vocab_size": vocab_size, "bos_token_id": bos, "eos_token_id": eos}
-        for item in self.model:
-            key, _, value = item.partition("=")
-            try:
-                changes[key] = json.loads(value)
-            except json.JSONDecodeError:
-                changes[key] = value  # a bare word is a string
-        if self.preset.endswith(".json"):
-            config = ModelConfig.from_json(self.preset).replace(**changes)
-        else:
-            config = ModelConfig.preset(self.preset).replace(**changes)
+    def model_config(self, vocab_size: int | None = None, bos: int | None = None,
+                     eos: int | None = None) -> ModelConfig:
+        """The preset (or file) with the overrides of `model` and the tokenizer's vocabulary, where it is known."""
+        known = {"vocab_size": vocab_size, "bos_token_id": bos, "eos_token_id": eos}
+        changes = {k: v for k, v in known.items() if v is not None} | dict(map(_assignment, self.model))
+        base = (ModelConfig.from_json(self.preset) if self.preset.endswith(".json")
+                else ModelConfig.preset(self.preset))
+        config = base.replace(**changes)
         if self.recipe.sequence_length > config.max_position_embeddings:
             raise ValueError(f"recipe.sequence_length = {self.recipe.sequence_length}: must be at most the model's "
                              f"max_position_embeddings = {config.max_position_embeddings}")
-        if config.vocab_size < vocab_size:
+        if vocab_size is not None and config.vocab_size < vocab_size:
             raise ValueError(f"model vocab_size = {config.vocab_size}: must be at least the tokenizer's {vocab_size}")
         return config
 
     def to_dict(self) -> dict:
         """Nested settings for run.json, paths as text."""
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+
+def _assignment(text: str) -> tuple[str, object]:
+    """FIELD=JSON -> (field, value); a bare word is a string."""
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise ValueError(f"model = {text!r}: must be FIELD=VALUE, as in hidden_size=256")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value

@@ -108,7 +108,8 @@ def prepare_folder(out: Path, settings: dict, resume: bool, overwrite: bool, fre
 
 
 def _temporaries(out: Path) -> list[Path]:
-    return [*out.glob("step-*.tmp"), *(out / f"{n}.tmp" for n in OWN_FILES)]
+    # The hidden ones are left by a writer of the published format that was killed inside step-N.tmp's making.
+    return [*out.glob("step-*.tmp"), *out.glob(".step-*.tmp.*"), *(out / f"{n}.tmp" for n in OWN_FILES)]
 
 
 def _remove(path: Path) -> None:
@@ -116,7 +117,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
         return
     # Deleting a folder takes many steps; under its final name a half-deleted one would pass for a checkpoint.
-    doomed = path if path.name.endswith(".tmp") else path.with_name(path.name + ".old.tmp")
+    doomed = path if ".tmp" in path.name else path.with_name(path.name + ".old.tmp")
     if doomed != path:
         if doomed.exists():
             shutil.rmtree(doomed)

@@ -101,7 +101,7 @@ class Trainer:
                 torch.set_default_dtype(before)
         else:
             model = checkpoint.load(found, dtype=dtype, device=config.device)
-        optimizer = Optimizer(model, config.optim, model.config.num_hidden_layers)
+        optimizer = Optimizer(model, config.optim, model.cfg.num_hidden_layers)
         if found is None:
             return cls(config, data, model, optimizer, MetricsLog(out / "metrics.jsonl"))
         tensors, values = state.load_checkpoint(found)
@@ -171,7 +171,7 @@ class Trainer:
             peak = peak_flops(torch.cuda.get_device_name(device), self.config.resolved_precision != "fp32")
             if peak:
                 length = self.config.recipe.sequence_length
-                record["mfu"] = speed * self.model.config.flops_per_token(length) / peak
+                record["mfu"] = speed * self.model.cfg.flops_per_token(length) / peak
         return record
 
     def evaluate(self) -> float:
@@ -244,7 +244,7 @@ def train(config: TrainConfig) -> dict:
     """
     trainer = Trainer.start(config)
     out, progress = config.folder, trainer.progress
-    counts = trainer.model.config.count()
+    counts = trainer.model.cfg.count()
     print(f"{config.name}: {counts['main'] + counts['mtp']:,} parameters, {counts['activated']:,} activated a token; "
           f"{config.recipe.tokens:,} tokens to train on; from step {progress.step}; writing to {out}")
     try:

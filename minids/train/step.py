@@ -1,0 +1,113 @@
+"""The gradient of one global batch, in as many forward passes as memory allows.
+
+Over micro-batches m with n_m counted labels, of n in all, and r_m of r rows:
+
+    loss = sum_m  n_m / n * (LM_m + lambda * MTP_m)  +  r_m / r * balance_m
+
+so that the gradient is that of the whole batch in one pass, whatever the split: the token losses are means over
+labels, and masked labels spread unevenly; the sequence-wise balance loss is a mean over sequences. The load of an
+expert is a count and simply adds up; the bias update of the global batch reads the sum.
+
+Document masks are a switch. V3 pre-trains without: attention, positions and the next-token label run across documents
+in a packed row. MTP labels never cross a document's end in either mode. With the mask on, attention and positions stay
+inside a document, and the one label that crosses (the bos after an eos) is not counted.
+
+Simplifications: one process. Ranks would all-reduce `loads`, the label count and the gradients here.
+
+Shapes: B rows, T tokens a row, L MoE layers, E experts.
+
+Source: DeepSeek-V3 Technical Report (arXiv 2412.19437), sections 2.1.2 (load of the whole batch), 2.2 and 4.1.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minids.data import PackedRows
+from minids.model.balance import sequence_balance_loss
+from minids.model.loss import IGNORE
+from minids.model.transformer import Transformer
+from minids.train.optim import Optimizer
+from minids.train.settings import TrainConfig
+
+
+@dataclass
+class StepResult:
+    """Losses of one global batch in nats a token, before the update."""
+
+    total: float  # what was differentiated: decides whether the step counts
+    loss: float  # next token
+    mtp_losses: list[float]  # one a depth, not multiplied by lambda
+    balance_loss: float  # sum over MoE layers, times alpha
+    loads: Tensor  # (L, E) int64, tokens each expert received in the whole batch
+
+
+def split_rows(tokens: np.ndarray | Tensor, document_ids: np.ndarray | Tensor, document_mask: bool,
+               device: str | torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows (B, T + 1) -> inputs (B, T), labels (B, T), document ids (B, T + 1), int64 on `device`.
+
+    With `document_mask` the labels that lie in another document than their input are -100.
+    """
+    tokens, ids = (torch.as_tensor(x).to(device) for x in (tokens, document_ids))
+    inputs, labels = tokens[:, :-1], tokens[:, 1:]
+    if document_mask:
+        labels = labels.masked_fill(ids[:, 1:] != ids[:, :-1], IGNORE)
+    return inputs, labels, ids
+
+
+def autocast(precision: str, device: str) -> AbstractContextManager:
+    """BF16 products for bf16-autocast, nothing for the others."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16-autocast")
+
+
+def compute_gradients(model: Transformer, optimizer: Optimizer, tokens: np.ndarray | Tensor,
+                      document_ids: np.ndarray | Tensor, mtp_lambda: float, config: TrainConfig) -> StepResult:
+    """Leave the gradient of a global batch (B, T + 1) in `optimizer` (times its loss scale); returns the losses."""
+    model.train()
+    inputs, labels, ids = split_rows(tokens, document_ids, config.document_mask, config.device)
+    rows, counted = len(inputs), (labels != IGNORE).sum().clamp_min(1)
+    sums = {"total": 0.0, "loss": 0.0, "balance": 0.0}
+    mtp_sums, loads = [], 0
+    for start in range(0, rows, config.micro_batch):
+        part = slice(start, start + config.micro_batch)
+        with autocast(config.resolved_precision, config.device):
+            out = model(inputs[part], labels=labels[part], document_ids=ids[part],
+                        document_mask=config.document_mask, recompute=config.recompute)
+        share = (labels[part] != IGNORE).sum() / counted
+        size = len(inputs[part])
+        balance = sum(sequence_balance_loss(r, size, model.cfg) for r in out.routing) * (size / rows)
+        loss = share * out.loss + balance
+        if out.mtp_losses:
+            loss = loss + mtp_lambda * share * out.mtp_loss
+            mtp_sums.append([share * x.detach() for x in out.mtp_losses])
+        (optimizer.scale * loss).backward()
+        optimizer.accumulate()
+        sums["total"] += loss.detach()
+        sums["loss"] += (share * out.loss).detach()
+        sums["balance"] += balance.detach() if isinstance(balance, Tensor) else balance
+        loads = loads + out.loads() if out.routing else loads
+    return StepResult(
+        total=float(sums["total"]), loss=float(sums["loss"]), balance_loss=float(sums["balance"]),
+        mtp_losses=[float(sum(depth)) for depth in zip(*mtp_sums, strict=True)],
+        loads=loads if isinstance(loads, Tensor) else torch.empty(0, 0, dtype=torch.int64))
+
+
+@torch.no_grad()
+def validation_loss(model: Transformer, rows: PackedRows, config: TrainConfig) -> float:
+    """Mean next-token loss (nats a token) over the first `eval_rows` rows in the validation order, or all of fewer."""
+    model.eval()
+    count = min(config.eval_rows, rows.n_rows)
+    total, counted = 0.0, 0
+    for start in range(0, count, config.micro_batch):
+        tokens, ids = rows.batch(start, min(config.micro_batch, count - start))
+        inputs, labels, ids = split_rows(tokens, ids, config.document_mask, config.device)
+        with autocast(config.resolved_precision, config.device):
+            out = model(inputs, labels=labels, document_ids=ids, document_mask=config.document_mask, mtp=False)
+        n = int((labels != IGNORE).sum())
+        total, counted = total + float(out.loss) * n, counted + n
+    return total / max(counted, 1)
