@@ -37,8 +37,8 @@ PARQUET_SUFFIXES = frozenset((".parquet",))
 READABLE_SUFFIXES = CODE_SUFFIXES | PROSE_SUFFIXES | JSONL_SUFFIXES | PARQUET_SUFFIXES
 COMPRESSED_SUFFIXES = frozenset((".gz", ".bz2", ".xz", ".zst", ".zip", ".lz4"))
 
-# Tests are half of the standard library, mostly tables of cases. `encodings` holds 120 generated character maps: 12%
-# of what is left, nearly the same file each, and a small model spends itself on reciting them.
+# Tests are more than half of the standard library, mostly tables of cases. `encodings` holds 120 generated character
+# maps: 12% of what is left, nearly the same file each, and a small model spends itself on reciting them.
 INSTALLED_SKIP = frozenset(("__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"))
 STDLIB_SKIP = INSTALLED_SKIP | {"encodings"}
 
