@@ -4,33 +4,21 @@ The problem: the 671B model is 163 files, 91,991 tensors and 689 GB. Nobody has 
 read tensor by tensor into a model that was built empty, and written a shard at a time from the model as it lies.
 
 A folder holds `config.json`, `model-00001-of-000163.safetensors`, ... and `model.safetensors.index.json`, which names
-the file of each tensor. A state dict of our model is this format with three differences, all of them settled here:
-
-    stacked experts     experts.gate_up_proj (E, 2F, D), experts.down_proj (E, D, F)  <->  experts.E.{gate,up,down}_proj
-    MTP layer           shares embedding and head with the main model                 <->  embed_tokens, shared_head.head
-    FP8                 BF16 or FP32 in memory                                        <->  weight E4M3, weight_scale_inv
-
-`plan` lists what a checkpoint of a config consists of. Saving writes that list and loading demands it, so the two cannot
-drift apart. In FP8 checkpoints every attention, dense, expert and shared linear is quantised in 128 x 128 blocks;
-norms, embeddings, heads, gate.weight and eh_proj are BF16. The bias e_score_correction_bias is FP32 in all checkpoints.
+the file of each tensor. `plan` (minids/published.py) lists the tensors, minids/shards.py finds them in the files,
+`replace_folder` (minids/folder.py) puts a whole folder in place at once.
 
 Simplification: one process reads or writes the whole model.
-
-Shapes: E experts, F expert width, D hidden, L main layers, k MTP depth (0, 1, ...).
 """
 
 import json
 import math
 import re
 import warnings
-from collections import Counter, defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import defaultdict
 from functools import lru_cache, reduce
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -38,8 +26,11 @@ from minids.config import ModelConfig
 from minids.folder import carry_over, replace_folder, restore_interrupted
 from minids.fp8.quantize import BLOCK, dequantize, quantize_block, scale_shape
 from minids.model.transformer import Transformer
+from minids.published import Entry, entries_of, plan
+from minids.shards import CONFIG, INDEX, CheckpointError, Header, is_checkpoint, open_shard, read_headers, some
 
-CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+__all__ = ["CheckpointError", "is_checkpoint", "load", "plan", "save"]
+
 FP8_CONFIG = {
     "quant_method": "fp8",
     "fmt": "e4m3",
@@ -49,85 +40,6 @@ FP8_CONFIG = {
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
           "F8_E4M3": torch.float8_e4m3fn}  # fmt: skip
 SAVED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read: what is wrong with it, and where."""
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One tensor of a checkpoint, and the part of the state dict it is: `state[source][part]`."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    source: str
-    part: tuple = ()
-
-    @property
-    def is_scale(self) -> bool:
-        return self.name.endswith("_scale_inv")
-
-    @property
-    def is_copy(self) -> bool:
-        """An MTP layer's own embedding or head: a second copy of the main model's."""
-        return not self.is_scale and not self.part and self.name != self.source
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def plan(cfg: ModelConfig, fp8: bool = True, dtype: torch.dtype = torch.bfloat16) -> list[Entry]:
-    """Every tensor of the published checkpoint of a config; needs no weights (V3: 91,991 entries, seconds).
-
-    Args:
-        cfg: the model.
-        fp8: linears in E4M3, each followed by its scales, as V3 is published.
-        dtype: of everything else but the bias, which is float32.
-    """
-    with torch.device("meta"):
-        model = Transformer(cfg)
-    return _entries(model, fp8, dtype)
-
-
-def _entries(model: Transformer, fp8: bool, dtype: torch.dtype) -> list[Entry]:
-    entries = []
-    for name, shape, source, part in _published_tensors(model):
-        if fp8 and _is_fp8(name):
-            entries.append(Entry(name, shape, torch.float8_e4m3fn, source, part))
-            entries.append(Entry(f"{name}_scale_inv", scale_shape(shape), torch.float32, source, part))
-        else:
-            exact = name.endswith("e_score_correction_bias")
-            entries.append(Entry(name, shape, torch.float32 if exact else dtype, source, part))
-    return entries
-
-
-def _is_fp8(name: str) -> bool:
-    return name.endswith(("_proj.weight", "kv_a_proj_with_mqa.weight")) and not name.endswith("eh_proj.weight")
-
-
-def _published_tensors(model: Transformer) -> Iterator[tuple[str, tuple[int, ...], str, tuple]]:
-    """(published name, shape, key of the state dict, part of it) of every tensor, experts split, MTP copies added."""
-    cfg, state = model.cfg, model.state_dict()
-    head = "model.embed_tokens.weight" if cfg.tie_word_embeddings else "lm_head.weight"
-    for key, tensor in state.items():
-        shape = tuple(tensor.shape)
-        if key.endswith(".experts.gate_up_proj"):
-            width, stem = shape[1] // 2, key.removesuffix("gate_up_proj")
-            for e in range(shape[0]):
-                yield f"{stem}{e}.gate_proj.weight", (width, shape[2]), key, (e, slice(0, width))
-                yield f"{stem}{e}.up_proj.weight", (width, shape[2]), key, (e, slice(width, None))
-        elif key.endswith(".experts.down_proj"):
-            for e in range(shape[0]):
-                yield f"{key.removesuffix('down_proj')}{e}.down_proj.weight", shape[1:], key, (e,)
-        elif key != "lm_head.weight" or not cfg.tie_word_embeddings:  # a tied head is not stored
-            yield key, shape, key, ()
-    for k in range(cfg.num_nextn_predict_layers):
-        layer = f"model.layers.{cfg.num_hidden_layers + k}"
-        for copy, key in (("embed_tokens", "model.embed_tokens.weight"), ("shared_head.head", head)):
-            yield f"{layer}.{copy}.weight", tuple(state[key].shape), key, ()
 
 
 # ---- saving ---------------------------------------------------------------------------------------------------------
@@ -159,7 +71,7 @@ def save(model: Transformer, folder: str | Path, fp8: bool = False, max_shard_by
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes: got {max_shard_bytes}, allowed is a positive number")
     state = model.state_dict()
-    shards = _pack(_entries(model, fp8, dtype), max_shard_bytes)
+    shards = _pack(entries_of(model, fp8, dtype), max_shard_bytes)
     with replace_folder(folder, is_checkpoint, "checkpoint (config.json and safetensors)") as partial:
         weight_map = {}
         for i, shard in enumerate(shards, start=1):
@@ -218,12 +130,6 @@ def _is_checkpoint_file(name: str) -> bool:
     return name in (CONFIG, INDEX) or re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", name) is not None
 
 
-def is_checkpoint(folder: str | Path) -> bool:
-    """Whether the folder holds a config.json and safetensors under the published names."""
-    folder = Path(folder)
-    return (folder / CONFIG).is_file() and ((folder / INDEX).is_file() or (folder / SINGLE).is_file())
-
-
 # ---- loading --------------------------------------------------------------------------------------------------------
 
 
@@ -252,64 +158,17 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, device: str | tor
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     cfg = ModelConfig.from_json(folder / CONFIG)
-    stored = _read_headers(folder)
+    stored = read_headers(folder)
     fp8 = _check_quantization(folder, cfg.quantization_config)
     cfg, stored = _choose_mtp(folder, cfg, stored, mtp)
     with torch.device("meta"), _default_dtype(dtype or _stored_dtype(stored)):
         model = Transformer(cfg)
-    wanted = _check_tensors(folder, _entries(model, fp8, torch.bfloat16), stored, cfg)
+    wanted = _check_tensors(folder, entries_of(model, fp8, torch.bfloat16), stored, cfg)
     model.to_empty(device=device or torch.get_default_device())
+    if cfg.tie_word_embeddings:  # storage given out parameter by parameter has parted them
+        model.lm_head.weight = model.model.embed_tokens.weight
     _fill(model, folder, wanted, stored)
     return model
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """Where a tensor lies and what it is, without its data."""
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def _read_headers(folder: Path) -> dict[str, Header]:
-    """The headers of all shards, checked against the index."""
-    files, weight_map = _shard_files(folder)
-    if missing := [file for file in files if not (folder / file).is_file()]:
-        raise CheckpointError(f"{folder}: {INDEX} names {len(missing)} missing file(s): {_some(missing)}")
-    stored = {}
-    for file in files:
-        with _open(folder / file) as tensors:
-            for name in tensors.keys():
-                view = tensors.get_slice(name)
-                stored[name] = Header(file, tuple(view.get_shape()), view.get_dtype())
-    if lost := [n for n, file in weight_map.items() if n not in stored or stored[n].file != file]:
-        raise CheckpointError(f"{folder}: {INDEX} names {len(lost)} tensor(s) that are not in their file: {_some(lost)}")
-    return stored
-
-
-def _shard_files(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """The safetensors files in order, and the index's map from tensor to file."""
-    if not (folder / INDEX).is_file():
-        if (folder / SINGLE).is_file():
-            return [SINGLE], {}
-        pickles = sorted(path.name for suffix in ("bin", "pt", "pth") for path in folder.glob(f"*.{suffix}"))
-        hint = f"; pickled weights ({_some(pickles)}) can run code when opened and are never read" if pickles else ""
-        raise CheckpointError(f"{folder}: found neither {INDEX} nor {SINGLE}{hint}")
-    try:
-        weight_map = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / INDEX}: no index with a weight_map ({error!r})") from None
-    if strange := [f for f in weight_map.values() if not re.fullmatch(r"[^/\\]+\.safetensors", str(f))]:
-        raise CheckpointError(f"{folder / INDEX}: not the name of a safetensors file beside it: {_some(strange)}")
-    return sorted(set(weight_map.values())), weight_map
-
-
-def _open(path: Path):
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: truncated, or no safetensors file ({error})") from None
 
 
 def _check_quantization(folder: Path, quantization: dict | None) -> bool:
@@ -382,7 +241,7 @@ def _check_tensors(folder: Path, entries: list[Entry], stored: dict[str, Header]
     extra = [name for name in stored if name not in expected and not name.endswith("rotary_emb.inv_freq")]
     wrong["unexpected"] = [f"{name} {stored[name].shape}" for name in extra]
     if any(wrong.values()):
-        lines = [f"\n  {kind} ({len(items)}): {_some(items)}" for kind, items in wrong.items() if items]
+        lines = [f"\n  {kind} ({len(items)}): {some(items)}" for kind, items in wrong.items() if items]
         raise CheckpointError(f"{folder}: the tensors are not those of config.json:{''.join(lines)}")
     return [entry for entry in entries if entry.name in stored]
 
@@ -397,7 +256,7 @@ def _allowed_dtypes(entry: Entry) -> list[str]:
 def _fill(model: Transformer, folder: Path, wanted: list[Entry], stored: dict[str, Header]) -> None:
     """Copies shard after shard into the model; the experts go straight to their rows of the stacked tensors."""
     state = model.state_dict()
-    opened = lru_cache(maxsize=2)(lambda file: _open(folder / file))  # a weight's scales may lie in another file
+    opened = lru_cache(maxsize=2)(lambda file: open_shard(folder / file))  # a weight's scales may lie in another file
     # Copies last: they are compared with what was loaded. Everything else in the order of the files.
     for entry in sorted(wanted, key=lambda e: (e.is_copy, stored[e.name].file)):
         if entry.is_scale:
@@ -427,9 +286,3 @@ class _default_dtype:
 
     def __exit__(self, *_):
         torch.set_default_dtype(self.previous)
-
-
-def _some(items: list, most: int = 20) -> str:
-    """Up to `most` items, duplicates once, and how many more."""
-    items = list(Counter(items))
-    return ", ".join(items[:most]) + (f", ... and {len(items) - most} more" if len(items) > most else "")
