@@ -20,6 +20,11 @@ V3_YARN = {
     "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096,
     "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
 }  # fmt: skip
+# What a V2 config.json means by a key that it leaves out; transformers, whose V2 knows nothing else, writes none of these.
+V2_DEFAULTS = {
+    "scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False, "n_group": 1, "topk_group": 1,
+    "routed_scaling_factor": 1.0, "num_nextn_predict_layers": 0, "aux_loss_alpha": 0.001,
+}  # fmt: skip
 YARN_KEYS = set(V3_YARN) | {"truncate", "attention_factor"}
 
 
@@ -108,9 +113,13 @@ class ModelConfig:
         """From the keys of a ``config.json``: the older ``rope_theta`` + ``rope_scaling`` or ``rope_parameters``."""
         values = _unify_rope(dict(values))
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
+        if values.get("rope_interleave") is False:  # transformers' switch for weights laid out otherwise
+            raise ValueError("rope_interleave=False: allowed is true, the published layout of neighbouring pairs")
         extra = {**values.pop("extra", {}), **{k: v for k, v in values.items() if k not in known}}
         if "transformers_version" in extra:  # as transformers does: null stands for "not set" in its own files
             values = {k: v for k, v in values.items() if v is not None or k in ("q_lora_rank", "rope_scaling")}
+        if values.get("model_type") == "deepseek_v2":
+            values = {**V2_DEFAULTS, **values}
         return cls(**{k: v for k, v in values.items() if k in known}, extra=extra)
 
     def to_dict(self) -> dict:

@@ -77,7 +77,9 @@ def rope_table(cfg: ModelConfig, positions: Tensor) -> Tensor:
 
 def apply_rope(x_BTHR: Tensor, table_BTj: Tensor) -> Tensor:
     """Turns ``x`` (B, T, H, R) by ``rope_table``'s angles, computed in float32, returned in x's dtype."""
-    pairs = torch.view_as_complex(x_BTHR.float().unflatten(-1, (-1, 2)).contiguous())
+    # Always copied: a view that begins at an odd element (odd kv_lora_rank, one token) cannot be read as complex.
+    x = x_BTHR.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * table_BTj.unsqueeze(-2)).flatten(-2).to(x_BTHR.dtype)
 
 
