@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from minids.config import ModelConfig
 from minids.model.layers import RMSNorm
-from minids.model.rope import apply_rope, softmax_scale
+from minids.model.rope import apply_rope, rope_table, softmax_scale
 
 
 class LatentCache:
@@ -36,16 +36,24 @@ class LatentCache:
             raise ValueError(f"max_length={max_length}: allowed is 1 to "
                              f"max_position_embeddings={cfg.max_position_embeddings}")  # fmt: skip
         self.data = torch.zeros(cfg.num_hidden_layers, batch, max_length, cfg.latent_dim, device=device, dtype=dtype)
+        self.rope = rope_table(cfg, torch.arange(max_length, device=device).unsqueeze(0))  # (1, S, R/2), once for all steps
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.filled = 0
         self.ragged = False  # rows of different lengths
 
-    def positions(self, length: int) -> Tensor:
-        """Where the next ``length`` tokens of each row go: (B, T) int64. Raises when they do not fit."""
-        if self.filled + length > self.data.shape[2]:
+    def place(self, length: int) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Where the next ``length`` tokens of each row go, how they are rotated and what they see: positions (B, T)
+        int64, RoPE table (B or 1, T, R/2), mask (B, 1, T, S). Rows of equal length go to one slice of slots and need
+        neither positions nor mask: both None. Raises when the tokens do not fit."""
+        end = self.filled + length
+        if end > self.data.shape[2]:
             raise ValueError(f"the cache holds {self.data.shape[2]} tokens a row, {self.filled} are filled:"
                              f" {length} more do not fit")  # fmt: skip
-        return self.lengths.unsqueeze(1) + torch.arange(length, device=self.lengths.device)
+        if not self.ragged:
+            return None, self.rope[:, self.filled : end], None
+        positions = self.lengths.unsqueeze(1) + torch.arange(length, device=self.lengths.device)
+        seen = torch.arange(end, device=positions.device) <= positions.unsqueeze(-1)  # a row's own slots, 0 to p
+        return positions, self.rope[0, positions], seen.unsqueeze(1)
 
     def advance(self, length: int, n_valid: Tensor | None) -> None:
         """Counts the tokens just written: all of them, or the first ``n_valid[b]`` of each row."""
@@ -53,11 +61,11 @@ class LatentCache:
         self.ragged = self.ragged or n_valid is not None
         self.filled += length
 
-    def write(self, layer: int, positions: Tensor, latent_BTc: Tensor) -> Tensor:
+    def write(self, layer: int, positions: Tensor | None, latent_BTc: Tensor) -> Tensor:
         """Stores ``latent`` (B, T, C + R) and returns the row's slots so far, (B, filled + T, C + R)."""
         end = self.filled + latent_BTc.shape[1]
         rows = self.data[layer]
-        if self.ragged:
+        if positions is not None:
             rows.scatter_(1, positions.unsqueeze(-1).expand_as(latent_BTc), latent_BTc.to(rows.dtype))
         else:
             rows[:, self.filled : end] = latent_BTc
@@ -75,25 +83,59 @@ def causal_mask(t: int, s: int, device) -> Tensor:
     return torch.ones(t, s, dtype=torch.bool, device=device).tril(s - t)
 
 
+class _BlockAttention(torch.autograd.Function):
+    """softmax(q k^T scale + bias) v on the CPU, by blocks of query rows. A causal block reads only the keys up to its own
+    end, which spares up to half of the work; backward is written out so that blocks add to one gradient in place:
+
+        dV = P^T dO,    dP = dO V^T,    dS = P (dP - rowsum(P dP)),    dQ = dS K scale,    dK = dS^T Q scale
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, causal: bool) -> Tensor:
+        t, size = q.shape[1], max(64, q.shape[1] // 4) if causal else q.shape[1]
+        out, ctx.weights = q.new_empty(*q.shape[:2], v.shape[-1]), []
+        ctx.blocks = [(a, min(a + size, t), min(a + size, t) if causal else k.shape[1]) for a in range(0, t, size)]
+        for a, b, end in ctx.blocks:
+            scores = torch.baddbmm(bias[:, a:b, :end], q[:, a:b], k[:, :end].transpose(1, 2), alpha=scale)
+            weights = scores.softmax(-1)
+            torch.bmm(weights, v[:, :end], out=out[:, a:b])
+            ctx.weights.append(weights)
+        ctx.save_for_backward(q, k, v)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out: Tensor):
+        q, k, v = ctx.saved_tensors
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for (a, b, end), weights in zip(ctx.blocks, ctx.weights, strict=True):
+            d_block = d_out[:, a:b]
+            d_weights = torch.bmm(d_block, v[:, :end].transpose(1, 2))
+            d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype).mul_(ctx.scale)
+            torch.bmm(d_scores, k[:, :end], out=dq[:, a:b])
+            dk[:, :end].baddbmm_(d_scores.transpose(1, 2), q[:, a:b])
+            dv[:, :end].baddbmm_(weights.transpose(1, 2), d_block)
+        return dq, dk, dv, None, None, None
+
+
 def attend(q_BHTn: Tensor, k_BHSn: Tensor, v_BHSv: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """softmax(q k^T * scale, masked) v, (B, H, T, V). ``mask``: bool, True where t may see s; None is causal, the T
     queries being the last of the S tokens.
 
-    On CUDA the fused kernel of torch. On CPU short rows are written out, which is as fast as the fused kernel in FP32
-    and twice as fast in BF16; long rows use it, with v padded to the width of q and k, or it would not be fused.
+    On CUDA the fused kernel of torch. On CPU short rows are written out, which is faster than the fused kernel there and
+    twice as fast in BF16; long rows use it, with v padded to the width of q and k, or it would not be fused.
     """
-    t, s, width = q_BHTn.shape[2], k_BHSn.shape[2], v_BHSv.shape[-1]
+    (b, h, t, _), s, width = q_BHTn.shape, k_BHSn.shape[2], v_BHSv.shape[-1]
     causal = mask is None and t == s
-    if mask is None and not causal:
+    if mask is None and not (causal and q_BHTn.is_cuda):
         mask = causal_mask(t, s, q_BHTn.device)
     if q_BHTn.is_cpu and s <= 1024:
-        mask = causal_mask(t, s, q_BHTn.device) if causal else mask
-        scores = torch.matmul(q_BHTn * scale, k_BHSn.transpose(-1, -2))
-        bias = torch.zeros(mask.shape, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
-        return torch.matmul((scores + bias).softmax(-1), v_BHSv)
+        bias = torch.zeros(mask.shape, dtype=q_BHTn.dtype).masked_fill_(~mask, -torch.inf)
+        flat = [x.flatten(0, 1) for x in (q_BHTn, k_BHSn, v_BHSv, bias.expand(b, h, t, s))]
+        return _BlockAttention.apply(*flat, scale, causal).unflatten(0, (b, h))
     if q_BHTn.is_cpu:
         v_BHSv = F.pad(v_BHSv, (0, q_BHTn.shape[-1] - width))
-    out = F.scaled_dot_product_attention(q_BHTn, k_BHSn, v_BHSv, mask, is_causal=causal, scale=scale)
+    out = F.scaled_dot_product_attention(q_BHTn, k_BHSn, v_BHSv, mask if not causal else None, is_causal=causal, scale=scale)
     return out[..., :width]
 
 

@@ -24,7 +24,7 @@ class Context:
     rope: Tensor  # (B or 1, T, R/2) complex64
     mask: Tensor | None = None  # (B or 1, 1, T, S) bool; None is causal
     cache: LatentCache | None = None
-    positions: Tensor | None = None  # (B, T) int64, where a cache is written
+    positions: Tensor | None = None  # (B, T) int64, where a ragged cache is written
     absorb: bool = False
 
     def first(self, length: int) -> "Context":

@@ -158,9 +158,7 @@ class Transformer(nn.Module):
         """Positions, rotation table and mask that all layers share."""
         t, device = tokens.shape[1], tokens.device
         if cache is not None:
-            positions = cache.positions(t)
-            mask = _ragged_mask(cache, positions) if cache.ragged else None
-            table = rope_table(self.cfg, positions if cache.ragged else positions[:1])
+            positions, table, mask = cache.place(t)
             return Context(table, mask, cache, positions, cache.filled > 0 if absorb is None else absorb)
         positions, mask = torch.arange(t, device=device).unsqueeze(0), None
         if document_ids is not None:
@@ -195,12 +193,6 @@ def document_positions(document_ids: Tensor) -> tuple[Tensor, Tensor]:
     run = starts.cumsum(1)
     same = run.unsqueeze(2) == run.unsqueeze(1)
     return positions, (same & causal_mask(len(index), len(index), index.device)).unsqueeze(1)
-
-
-def _ragged_mask(cache: LatentCache, positions: Tensor) -> Tensor:
-    """(B, 1, T, S): row b's token at position p sees its slots 0..p, whatever other rows hold."""
-    slots = torch.arange(cache.filled + positions.shape[1], device=positions.device)
-    return (slots <= positions.unsqueeze(-1)).unsqueeze(1)
 
 
 def _last(hidden_BTD: Tensor, n_valid: Tensor | None) -> Tensor:
