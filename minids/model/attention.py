@@ -157,18 +157,16 @@ class MLA(nn.Module):
         self.kv_b_proj = nn.Linear(cfg.kv_lora_rank, heads * (cfg.qk_nope_head_dim + cfg.v_head_dim), bias=False)
         self.o_proj = nn.Linear(heads * cfg.v_head_dim, d, bias=False)
 
-    def query(self, x_BTD: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
-        """q^N (B, T, H, N) and the rotated q^R (B, T, H, R). The query is of low rank in inference too."""
+    def query(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """q^N (B, T, H, N) and q^R (B, T, H, R), not rotated yet. The query is of low rank in inference too."""
         cfg = self.cfg
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD))) if cfg.q_lora_rank else self.q_proj(x_BTD)
-        q_nope, q_rope = q.unflatten(-1, (cfg.num_attention_heads, -1)).split(
-            [cfg.qk_nope_head_dim, cfg.qk_rope_head_dim], dim=-1)  # fmt: skip
-        return q_nope, apply_rope(q_rope, rope)
+        return q.unflatten(-1, (cfg.num_attention_heads, -1)).split([cfg.qk_nope_head_dim, cfg.qk_rope_head_dim], dim=-1)
 
-    def latent(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
-        """All that is cached: [normed latent ; rotated shared key], (B, T, C + R)."""
+    def latent(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """The normed latent c (B, T, C) and the one key k^R (B, T, R), not rotated yet."""
         c, k_rope = self.kv_a_proj_with_mqa(x_BTD).split([self.cfg.kv_lora_rank, self.cfg.qk_rope_head_dim], dim=-1)
-        return torch.cat([self.kv_a_layernorm(c), apply_rope(k_rope.unsqueeze(-2), rope).squeeze(-2)], dim=-1)
+        return self.kv_a_layernorm(c), k_rope
 
     def naive(self, q_nope: Tensor, q_rope: Tensor, latent_BSc: Tensor, mask: Tensor | None) -> Tensor:
         """Rebuilds every head's key and value from the latent, then ordinary attention. (B, T, H * V)"""
@@ -187,22 +185,27 @@ class MLA(nn.Module):
         w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (cfg.num_attention_heads, -1)).split(
             [cfg.qk_nope_head_dim, cfg.v_head_dim], dim=1)  # (H, N, C), (H, V, C)
         b, t, heads, _ = q_nope.shape
-        q = torch.cat([torch.einsum("bthn,hnc->bthc", q_nope, w_uk), q_rope], dim=-1).flatten(1, 2) * self.scale
+        q_latent = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), w_uk).transpose(0, 1).view(b, t, heads, -1)
+        q = torch.cat([q_latent, q_rope], dim=-1).flatten(1, 2) * self.scale
         scores = torch.bmm(q, latent_BSc.transpose(1, 2)).view(b, t, heads, -1)
         if mask is None and t > 1:
             mask = causal_mask(t, scores.shape[-1], scores.device)[None, None]
         if mask is not None:
             scores = scores.masked_fill(~mask.transpose(1, 2), -torch.inf)  # (B, 1, T, S) -> (B, T, 1, S)
         weights = scores.softmax(-1).flatten(1, 2)
-        out = torch.bmm(weights, latent_BSc[..., : cfg.kv_lora_rank]).view(b, t, heads, -1)
-        return torch.einsum("bthc,hvc->bthv", out, w_uv).flatten(-2)
+        out = torch.bmm(weights, latent_BSc[..., : cfg.kv_lora_rank]).view(b * t, heads, -1).transpose(0, 1)
+        return torch.bmm(out, w_uv.transpose(1, 2)).transpose(0, 1).reshape(b, t, -1)
 
     def forward(self, x_BTD: Tensor, rope: Tensor, mask: Tensor | None, cache: LatentCache | None = None,
                 layer: int = 0, positions: Tensor | None = None, absorb: bool = False) -> Tensor:  # fmt: skip
         """(B, T, D) -> (B, T, D). ``rope`` from ``rope_table``; ``mask`` as in ``attend``; with a cache the new
         tokens are written to ``positions`` (B, T) of ``layer`` and all slots so far are attended."""
-        q_nope, q_rope = self.query(x_BTD, rope)
-        latent = self.latent(x_BTD, rope)
+        q_nope, q_rope = self.query(x_BTD)
+        c, k_rope = self.latent(x_BTD)
+        # The shared key is rotated with the queries, as one more head.
+        rotated = apply_rope(torch.cat([q_rope, k_rope.unsqueeze(-2)], dim=-2), rope)
+        q_rope, k_rope = rotated[..., :-1, :], rotated[..., -1, :]
+        latent = torch.cat([c, k_rope], dim=-1)  # all that is cached
         if cache is not None:
             latent = cache.write(layer, positions, latent)
         return self.o_proj((self.absorbed if absorb else self.naive)(q_nope, q_rope, latent, mask))

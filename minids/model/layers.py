@@ -1,6 +1,12 @@
 """Two small layers that every part uses: RMSNorm and the SwiGLU feed-forward.
 
     RMSNorm(x) = x / sqrt(mean(x^2) + eps) * weight              MLP(x) = W_down (silu(W_gate x) * W_up x)
+
+Both write their backward out. As in V3 [3.2.3], neither keeps its output for it: RMSNorm keeps its input and one number a
+row, SwiGLU its two inputs, and what else backward needs is computed again. That halves their memory, and as fewer passes
+over it it is also the faster way on a CPU.
+
+Shapes: rows of D (RMSNorm) or of F (SwiGLU).
 """
 
 import torch
@@ -8,8 +14,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class _RMSNorm(torch.autograd.Function):
+    """y = x r w with r = 1 / sqrt(mean(x^2) + eps).  With g = dy w:  dx = r (g - x r mean(g x r)),  dw = sum dy x r."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        r = (norm.square_().div_(x.shape[-1]).add_(eps)).rsqrt_()
+        ctx.save_for_backward(x, weight, r)
+        return (x * r).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, weight, r = ctx.saved_tensors
+        normed, w = x * r, weight.to(r.dtype)
+        t = dy * normed
+        d_weight = t.flatten(0, -2).sum(0).to(weight.dtype)
+        mean = (t @ w).unsqueeze(-1).div_(x.shape[-1])
+        g = torch.mul(dy, w, out=t)  # t's memory is free again
+        return g.addcmul_(normed, mean, value=-1).mul_(r).to(x.dtype), d_weight, None
+
+
 class RMSNorm(nn.Module):
-    """Over the last dimension, computed in float32, returned in x's dtype."""
+    """Over the last dimension, computed in float32 at least, returned in x's dtype."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -17,7 +44,34 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.is_cpu:
+            return _RMSNorm.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """h = silu(gate) up w, where w is one factor a row or None."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor, row_weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate, up, row_weight)
+        h = F.silu(gate).mul_(up)
+        return h if row_weight is None else h.mul_(row_weight)
+
+    @staticmethod
+    def backward(ctx, dh: Tensor):
+        gate, up, row_weight = ctx.saved_tensors
+        silu, d_weight = F.silu(gate), None
+        if row_weight is not None:
+            d_weight = (silu * up * dh).sum(-1, keepdim=True)
+            dh = dh * row_weight
+        d_gate = torch.ops.aten.silu_backward(dh * up, gate)
+        return d_gate, silu.mul_(dh), d_weight
+
+
+def swiglu(gate: Tensor, up: Tensor, row_weight: Tensor | None = None) -> Tensor:
+    """silu(gate) * up, each row times ``row_weight`` (rows, 1) where given; all in one dtype, shapes (rows, F)."""
+    return _SwiGLU.apply(gate, up, row_weight)
 
 
 class MLP(nn.Module):
@@ -30,4 +84,4 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))

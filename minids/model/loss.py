@@ -32,11 +32,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             h_cD, counts_c1 = hidden_ND[part], (labels_N[part] != IGNORE).unsqueeze(1)
             label_c1 = labels_N[part].clamp_min(0).unsqueeze(1)
             z_cV = (h_cD @ weight_VD.t()).float()
-            lse_c1 = z_cV.logsumexp(-1, keepdim=True)
+            p_cV = z_cV.softmax(-1)
+            # logsumexp(z) = z_max - log(p_max), and p_max >= 1/V never underflows, as p_label may
+            lse_c1 = z_cV.amax(-1, keepdim=True) - p_cV.amax(-1, keepdim=True).log()
             total += ((lse_c1 - z_cV.gather(1, label_c1)) * counts_c1).sum()
             if with_gradient:
-                z_cV.sub_(lse_c1).exp_().scatter_add_(1, label_c1, -torch.ones_like(lse_c1)).mul_(counts_c1)
-                dz_cV = z_cV.to(weight_VD.dtype)
+                p_cV.scatter_add_(1, label_c1, -torch.ones_like(lse_c1)).mul_(counts_c1)
+                dz_cV = p_cV.to(weight_VD.dtype)
                 torch.mm(dz_cV, weight_VD, out=d_hidden[part])
                 if dz_cV.dtype == torch.float32:
                     d_weight.addmm_(dz_cV.t(), h_cD)

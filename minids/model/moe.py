@@ -3,27 +3,87 @@
     out_t = Shared(x_t) + sum over the chosen i of g_t,i * Expert_i(x_t),   Expert(x) = W_down (silu(W_gate x) * W_up x)
 
 The problem is to run E differently sized little batches at the speed of one large product. The weights of all experts
-are stacked; tokens are sorted by expert (*dispatch*), so that each expert's tokens lie side by side, one grouped GEMM
-runs them all, and the results return to their tokens (*combine*). No token is dropped.
+are stacked; *dispatch* copies each token to K slots, sorted by expert, so that an expert's tokens lie side by side; one
+grouped GEMM runs them all; *combine* sums each token's K slots. Dispatch and combine are each other's transpose: the
+backward of one is the forward of the other. No token is dropped.
 
-Shapes: N tokens, K chosen, M = N * K rows after dispatch, E experts, D hidden, F expert width.
+Where the GEMM library wants it, each expert's block is filled up to a multiple of some rows. Filling slots repeat a token
+with gate value 0: they add nothing forward, and nothing to any gradient.
+
+Shapes: N tokens, K chosen, M slots (N * K, and the filling), E experts, D hidden, F expert width.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minids.config import ModelConfig
-from minids.model.layers import MLP
+from minids.model import moe_decode
+from minids.model.layers import MLP, swiglu
 from minids.model.router import Gate, Routing
+
+
+@dataclass
+class Dispatch:
+    """Which slot holds what. A choice is one of the N * K (token, chosen expert) pairs, in that order."""
+
+    choice_M: Tensor  # int64: the choice in each slot; N * K in filling slots
+    token_M: Tensor  # int64: the token in each slot
+    slot_NK: Tensor  # int64: the slot of each choice
+    ends_E: Tensor  # int32: where each expert's slots end
+
+
+def plan_dispatch(routing: Routing, multiple: int = 1) -> Dispatch:
+    """Sorts the choices by expert, each expert's block filled up to a ``multiple`` of slots."""
+    (n, k), device = routing.indices.shape, routing.indices.device
+    expert_of_choice = routing.indices.flatten()
+    choice_M = expert_of_choice.argsort(stable=True)
+    ends_E, slot_M = routing.load.cumsum(0), torch.arange(n * k, device=device)
+    if multiple > 1:
+        starts_E, blocks_E = ends_E - routing.load, (routing.load + multiple - 1) // multiple * multiple
+        ends_E = blocks_E.cumsum(0)
+        slot_M += (ends_E - blocks_E - starts_E).index_select(0, expert_of_choice.index_select(0, choice_M))
+        filled = torch.full((int(ends_E[-1]),), n * k, device=device)
+        choice_M = filled.index_copy_(0, slot_M, choice_M)
+        slot_NK = torch.empty_like(expert_of_choice).index_copy_(0, choice_M[slot_M], slot_M)
+    else:
+        slot_NK = torch.empty_like(choice_M).index_copy_(0, choice_M, slot_M)
+    token_M = choice_M.div(k, rounding_mode="floor").clamp_max_(n - 1)
+    return Dispatch(choice_M, token_M, slot_NK.view(n, k), ends_E.to(torch.int32))
+
+
+def sum_slots(y_MD: Tensor, slot_NK: Tensor) -> Tensor:
+    """out[n] = sum over k of y[slot[n, k]], (N, D): an embedding bag is just that, in one pass over memory."""
+    return F.embedding_bag(slot_NK, y_MD, mode="sum")
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_ND: Tensor, plan: Dispatch) -> Tensor:
+        ctx.plan = plan
+        return x_ND.index_select(0, plan.token_M)
+
+    @staticmethod
+    def backward(ctx, d_MD: Tensor):
+        return sum_slots(d_MD, ctx.plan.slot_NK), None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y_MD: Tensor, plan: Dispatch) -> Tensor:
+        ctx.plan = plan
+        return sum_slots(y_MD, plan.slot_NK)
+
+    @staticmethod
+    def backward(ctx, d_ND: Tensor):
+        return d_ND.index_select(0, ctx.plan.token_M), None
 
 
 def grouped_linear(x_MD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
     """Row block e of ``x`` (M, D), which ends before row ``ends[e]`` (int32), times ``weight[e]`` (F, D) transposed.
     Returns (M, F). One grouped GEMM where torch has one for these sizes, else a loop over experts."""
-    if torch.is_autocast_enabled(x_MD.device.type):
-        dtype = torch.get_autocast_dtype(x_MD.device.type)
-        x_MD, weight_EFD = x_MD.to(dtype), weight_EFD.to(dtype)
     element = 16 // x_MD.element_size()  # the grouped GEMM wants rows that start at multiples of 16 bytes
     aligned = weight_EFD.shape[1] % element == 0 and weight_EFD.shape[2] % element == 0
     if aligned and x_MD.dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -31,6 +91,12 @@ def grouped_linear(x_MD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
     starts = [0, *ends_E.tolist()]
     blocks = [x_MD[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
     return torch.cat([F.linear(block, w) for block, w in zip(blocks, weight_EFD, strict=True)])
+
+
+def gemm_multiple(x: Tensor) -> int:
+    """oneDNN, which multiplies BF16 and FP16 on the CPU, compiles a kernel for every new number of rows; expert loads
+    differ at every step, so rounding them up to a few sizes saves more than the filling costs."""
+    return 32 if x.is_cpu and x.dtype in (torch.bfloat16, torch.float16) and len(x) > 1024 else 1
 
 
 class Experts(nn.Module):
@@ -45,16 +111,20 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: Tensor, routing: Routing) -> Tensor:
         """sum_k g_k Expert_k(x), (N, D)."""
-        n, k = routing.indices.shape
-        order_M = routing.indices.flatten().argsort(stable=True)  # dispatched row -> (token, choice), by expert
-        token_M = order_M.div(k, rounding_mode="floor")
-        ends_E = routing.load.cumsum(0).to(torch.int32)
-        gate_MF, up_MF = grouped_linear(x_ND.index_select(0, token_M), self.gate_up_proj, ends_E).chunk(2, dim=-1)
-        # The gate value scales the narrow hidden row: down(g * h) = g * down(h), on F numbers instead of D.
-        weight_M1 = routing.weights.flatten().index_select(0, order_M).unsqueeze(-1)
-        h_MF = (F.silu(gate_MF) * up_MF * weight_M1).to(gate_MF.dtype)
-        y_MD = grouped_linear(h_MF, self.down_proj, ends_E)
-        return y_MD.index_select(0, order_M.argsort()).unflatten(0, (n, k)).sum(1)
+        gate_up_EFD, down_EDF, weights = self.gate_up_proj, self.down_proj, routing.weights.flatten()
+        if torch.is_autocast_enabled(x_ND.device.type):
+            dtype = torch.get_autocast_dtype(x_ND.device.type)
+            x_ND, gate_up_EFD, down_EDF = x_ND.to(dtype), gate_up_EFD.to(dtype), down_EDF.to(dtype)
+        if moe_decode.applies(x_ND, routing, len(gate_up_EFD)):
+            return moe_decode.few_tokens(x_ND, routing, gate_up_EFD, down_EDF)
+        plan = plan_dispatch(routing, gemm_multiple(x_ND))
+        if len(plan.token_M) > len(weights):
+            weights = torch.cat([weights, weights.new_zeros(1)])  # the gate value of filling slots
+        # It scales the narrow hidden row, down(g h) = g down(h): F numbers instead of D. As published, in x's dtype.
+        weight_M1 = weights.index_select(0, plan.choice_M).to(x_ND.dtype).unsqueeze(-1)
+        gate_MF, up_MF = grouped_linear(_Dispatch.apply(x_ND, plan), gate_up_EFD, plan.ends_E).chunk(2, dim=-1)
+        h_MF = swiglu(gate_MF, up_MF, weight_M1)
+        return _Combine.apply(grouped_linear(h_MF, down_EDF, plan.ends_E), plan)
 
 
 class MoE(nn.Module):
