@@ -1,0 +1,43 @@
+"""``python -m minids COMMAND``: one dataclass and one function a command; tyro makes the flags from the dataclass.
+
+A command's module is imported only when it is called, so that help and counting do not wait for what they do not use.
+"""
+
+import importlib
+import sys
+
+# name -> (module, dataclass of its settings, function that runs them, what it does)
+COMMANDS = {
+    "train": ("minids.train.trainer", "TrainConfig", "train", "train a miniature DeepSeek-V3 on real text"),
+    "generate": ("minids.infer.run", "GenerateConfig", "run_generate", "write text with a trained model"),
+    "count": ("minids.count", "CountConfig", "run_count", "count a model's parameters, FLOPs, cache and FP8 scales"),
+}
+POSITIONAL = {"count"}  # their required settings are given without a flag: count v3
+
+
+def usage() -> str:
+    lines = [f"  {name:<10} {what}" for name, (*_, what) in COMMANDS.items()]
+    return "\n".join(["usage: python -m minids COMMAND [options]; COMMAND --help lists the options", *lines])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs one command. Exit status 2 for bad input, with one line that says what is allowed."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        sys.exit(0 if argv else 2)
+    if argv[0] not in COMMANDS:
+        print(f"error: unknown command {argv[0]!r}\n{usage()}", file=sys.stderr)
+        sys.exit(2)
+    import tyro
+
+    module_name, settings, function, what = COMMANDS[argv[0]]
+    module = importlib.import_module(module_name)
+    style = (tyro.conf.FlagCreatePairsOff, *([tyro.conf.PositionalRequiredArgs] if argv[0] in POSITIONAL else []))
+    try:
+        config = tyro.cli(getattr(module, settings), args=argv[1:], prog=f"python -m minids {argv[0]}",
+                          description=what[0].upper() + what[1:] + ".", config=style)
+        getattr(module, function)(config)
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
