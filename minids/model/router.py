@@ -14,6 +14,7 @@ V2's variants are the same code: softmax scores, no bias, no groups (``greedy``)
 Shapes: N tokens (B * T), D hidden, E experts, K chosen, G groups.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +67,8 @@ class Gate(nn.Module):
 
     def scores(self, x_ND: Tensor) -> Tensor:
         """s (N, E), float32 whatever the model's dtype."""
-        with torch.autocast(x_ND.device.type, enabled=False):
+        device = x_ND.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             logits = F.linear(x_ND.float(), self.weight.float())
         return logits.sigmoid() if self.cfg.scoring_func == "sigmoid" else logits.softmax(-1)
 
