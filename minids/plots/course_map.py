@@ -144,27 +144,30 @@ def parameter_squares(awake: Mapping[str, int], asleep: int, unit: float = 1e9, 
 
 
 @styled
-def flop_shares(lengths: Sequence[int], parts: Mapping[str, Sequence[float]], marks: Mapping[str, float]) -> Figure:
+def flop_shares(lengths: Sequence[float], matrices: Mapping[str, float], core: Sequence[float],
+                marks: Sequence[float]) -> Figure:  # fmt: skip
     """Share of a token's training FLOPs by part, over the context length.
 
     Args:
         lengths: context lengths in tokens, increasing.
-        parts: name -> FLOPs a token at each length, stacked bottom to top.
-        marks: label -> length, vertical lines.
+        matrices: name -> FLOPs a token, the same at every length, stacked bottom to top; at most five.
+        core: FLOPs a token of the core of attention at each length, stacked on top.
+        marks: lengths to draw a vertical line at.
     """
-    totals = [sum(values) for values in zip(*parts.values(), strict=True)]
-    shares = [[100 * v / t for v, t in zip(values, totals, strict=True)] for values in parts.values()]
+    bands = {name: [value] * len(lengths) for name, value in matrices.items()} | {"attention core": core}
+    totals = [sum(values) for values in zip(*bands.values(), strict=True)]
+    shares = [[100 * v / t for v, t in zip(values, totals, strict=True)] for values in bands.values()]
     fig, ax = plt.subplots(figsize=(9.5, 4.6))
-    colours = (ORANGE, "#f2c977", GREEN, PURPLE, GREY, BLUE)
-    ax.stackplot(lengths, shares, labels=list(parts), colors=colours, linewidth=0.4, edgecolor="white")
-    for label, length in marks.items():
+    colours = (ORANGE, GREEN, PURPLE, GREY, "#80b9d8")[: len(matrices)] + (BLUE,)
+    ax.stackplot(lengths, shares, labels=list(bands), colors=colours, linewidth=0.4, edgecolor="white")
+    for length in marks:
         ax.axvline(length, color=INK, linewidth=1.0, linestyle="--")
-        ax.annotate(label, (length, 100), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8.5)
+        ax.annotate(f"{length:,.0f}", (length, 100), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8.5)
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:g}K" if x >= 1024 else f"{x:g}"))
     ax.set_title("Training FLOPs of DeepSeek-V3: the core of attention takes over", pad=20)
     ax.set(xlim=(lengths[0], lengths[-1]), ylim=(0, 100), xlabel="context length (tokens, K = 1024)",
-           ylabel="share of training FLOPs a token (%)")
+           ylabel="share of training FLOPs a token (%)")  # fmt: skip
     handles, labels = ax.get_legend_handles_labels()
     fig.legend(handles[::-1], labels[::-1], loc="outside right center")
     return fig
