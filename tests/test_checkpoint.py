@@ -24,7 +24,7 @@ from minids import ModelConfig, Transformer
 from minids.checkpoint import CheckpointError, is_checkpoint, load, plan, save
 from minids.folder import replace_folder
 from minids.fp8 import dequantize, quantize_block
-from minids.shards import INDEX
+from minids.shards import INDEX, Header
 
 CFG = ModelConfig.preset("toy", vocab_size=96, hidden_size=144, num_hidden_layers=3, max_position_embeddings=64)
 EMBEDDING, HEAD, BIAS = "model.embed_tokens.weight", "lm_head.weight", "model.layers.1.mlp.gate.e_score_correction_bias"
@@ -153,6 +153,21 @@ def test_save_writes_exactly_the_plan(tmp_path, fp8):
     assert config["torch_dtype"] == ("bfloat16" if fp8 else "float32")
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+def test_shards_are_full_but_never_too_large(fp8):
+    entries = plan(CFG, fp8)
+    for limit in range(1_000, 200_000, 1_999):
+        shards = module._pack(entries, limit)
+        assert [entry for shard in shards for entry in shard] == entries
+        sizes = [sum(entry.bytes for entry in shard) for shard in shards]
+        for shard, size, after in zip(shards, sizes, [*shards[1:], None], strict=True):
+            assert not shard[0].is_scale
+            assert size <= limit or sum(not entry.is_scale for entry in shard) == 1
+            if after:
+                first = [after[0], *(entry for entry in after[1:2] if entry.is_scale)]
+                assert size + sum(entry.bytes for entry in first) > limit
+
+
 # ---- round trips ----------------------------------------------------------------------------------------------------
 
 
@@ -241,6 +256,10 @@ def test_dtypes(tmp_path):
         assert gate.e_score_correction_bias.dtype == torch.float32
         assert torch.equal(gate.e_score_correction_bias, model.model.layers[1].mlp.gate.e_score_correction_bias)
     assert torch.get_default_dtype() == torch.float32
+    assert module._stored_dtype(dict.fromkeys("ab", Header("f", (1,), "BF16"))) == torch.bfloat16
+    for kinds in (("BF16", "F16"), ("F16", "F32"), ("F32", "BF16")):
+        headers = {kind: Header("f", (1,), kind) for kind in kinds}
+        assert module._stored_dtype(headers) == torch.float32
     rewrite(tmp_path / "c", "model.layers.1.mlp.gate.weight", lambda t: t.float())
     assert load(tmp_path / "c").lm_head.weight.dtype == torch.float32  # the widest: nothing stored is rounded
 
@@ -599,6 +618,21 @@ def test_failure_while_writing_leaves_the_old_checkpoint(folder, monkeypatch, er
     monkeypatch.setattr(module, "save_file", fail)
     with pytest.raises(error):
         save(build(seed=1), folder, max_shard_bytes=200_000)
+    assert_same(load(folder), build())
+    assert [path.name for path in folder.parent.iterdir()] == ["c"]
+
+
+def test_failure_of_the_last_rename_brings_the_old_checkpoint_back(folder, monkeypatch):
+    real = Path.rename
+
+    def fail(self, target):
+        if self.name.endswith(".partial"):
+            raise OSError("no")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="no"):
+        save(build(seed=1), folder)
     assert_same(load(folder), build())
     assert [path.name for path in folder.parent.iterdir()] == ["c"]
 

@@ -53,7 +53,7 @@ def quantize_block(w: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
         bad = int((~torch.isfinite(w.float())).sum())
         raise ValueError(f"w: {bad} of {w.numel()} values are NaN or infinite in FP32, expected finite weights")
     scale_inv = torch.where(amax > 0, amax.clamp(min=SMALLEST_AMAX) / E4M3_MAX, 1.0)
-    # amax / scale can round to just above 448, which the cast would turn into NaN.
+    # amax / scale can round to just above 448. torch rounds that back and gives NaN from 464 on; other casts differ.
     scaled = (blocks / scale_inv[..., :, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX)
     return _from_blocks(scaled.to(torch.float8_e4m3fn), w.shape), scale_inv
 
