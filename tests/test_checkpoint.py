@@ -264,6 +264,19 @@ def test_dtypes(tmp_path):
     assert load(tmp_path / "c").lm_head.weight.dtype == torch.float32  # the widest: nothing stored is rounded
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_is_the_same_to_the_bit(tmp_path):
+    save(build(), tmp_path / "cpu", fp8=True)
+    save(build().cuda(), tmp_path / "cuda", fp8=True)
+    first, second = stored(tmp_path / "cpu"), stored(tmp_path / "cuda")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name].float(), second[name].float()) for name in first)
+    loaded = load(tmp_path / "cpu", device="cuda")
+    assert {t.device.type for t in loaded.state_dict().values()} == {"cuda"}
+    assert_same(loaded.cpu(), load(tmp_path / "cpu"))
+
+
 def test_logits_survive(folder):
     tokens = torch.randint(CFG.vocab_size, (2, 20))
     with torch.no_grad():
