@@ -79,6 +79,15 @@ def follow(word: np.ndarray) -> np.ndarray:
     return (5 * word + 3) % WORDS
 
 
+def spell(token: int) -> str:
+    """How the notebook writes a token: ``a`` a word, ``C=5`` a note, ``C?`` a question, ``5`` an answer."""
+    if token < NOTE:
+        return chr(ord("a") + token)
+    if token < ASK:
+        return f"{chr(ord('A') + (token - NOTE) // VALUES)}={(token - NOTE) % VALUES}"
+    return f"{chr(ord('A') + token - ASK)}?" if token < ANSWER else str(token - ANSWER)
+
+
 def make_rows(rows: int, length: int, seed: int) -> Rows:
     """``rows`` texts of ``length`` tokens, a multiple of 4. Deterministic in ``seed``."""
     if length < 4 or length % 4:
@@ -107,21 +116,18 @@ def make_rows(rows: int, length: int, seed: int) -> Rows:
 def make_needles(rows: int, length: int, depth: float, seed: int) -> tuple[Tensor, Tensor]:
     """Texts that end in a question, and its answers: (B, T) and (B,) int64.
 
-    The note that answers lies at ``depth`` (0 the start, 1 just before the question). All other notes of its key are
-    taken out of the text, except one older one with another value when there is room: the latest counts.
+    The one note of the key lies at ``depth`` (0 the start, 1 just before the question); notes and questions about it
+    elsewhere in the text are given to a neighbouring key.
     """
     if not 0 <= depth <= 1:
         raise ValueError(f"depth={depth}: allowed is 0 (the start) to 1 (the end)")
     draw = np.random.default_rng([seed, length, round(1000 * depth)])
     tokens = make_rows(rows, length, int(draw.integers(2**31))).tokens.numpy()
     key, value = draw.integers(0, KEYS, rows), draw.integers(0, VALUES, rows)
-    mine = (tokens >= NOTE) & (tokens < ASK) & ((tokens - NOTE) // VALUES == key[:, None])
-    tokens[mine] += np.where(tokens[mine] - NOTE < (KEYS - 1) * VALUES, VALUES, -VALUES)  # now of a neighbouring key
-    place = round(depth * (length - 2))
-    tokens[:, place] = NOTE + key * VALUES + value
-    if place:
-        older = (value + draw.integers(1, VALUES, rows)) % VALUES
-        tokens[np.arange(rows), draw.integers(0, place, rows)] = NOTE + key * VALUES + older
+    other = np.where(key == 0, 1, -1)[:, None]
+    notes = (tokens >= NOTE) & (tokens < ASK) & ((tokens - NOTE) // VALUES == key[:, None])
+    tokens += notes * other * VALUES + (tokens == ASK + key[:, None]) * other
+    tokens[:, round(depth * (length - 2))] = NOTE + key * VALUES + value
     tokens[:, -1] = ASK + key
     return torch.from_numpy(tokens), torch.from_numpy(ANSWER + value)
 
@@ -207,13 +213,13 @@ def needle_grid(model: nn.Module, rows: int = 32, seed: int = 7) -> list[list[fl
     return [[accuracy(length, depth) for depth in NEEDLE_DEPTHS] for length in NEEDLE_LENGTHS]
 
 
-def measure(model: nn.Module, short: Rows, long: Rows) -> dict:
-    """Everything the figures show of one model."""
+def measure(model: nn.Module, short: Rows, long: Rows, needles: int = 32) -> dict:
+    """Everything the figures show of one model; ``needles`` texts a length and depth."""
     losses = token_losses(model, long)
     at_short = token_losses(model, short)
     return {
         "rhythm": by_position(losses, long, RHYTHM), "ledger": by_position(losses, long, LEDGER),
-        "distance": by_distance(losses, long), "needle": needle_grid(model),
+        "distance": by_distance(losses, long), "needle": needle_grid(model, needles),
         "short": {name: at_short[short.scored == kind].mean().item() for name, kind in (("rhythm", 1), ("ledger", 2))},
     }  # fmt: skip
 

@@ -23,8 +23,6 @@ from minids.train.recipe import Recipe
 
 # A resumed run may change these: they leave the sequence of weights and losses as it is.
 FREE_ON_RESUME = {"resume", "overwrite", "out", "name", "keep", "save_every", "prompts", "sample_tokens"}
-
-
 @dataclass
 class RecipeConfig:
     """V3's schedule on a budget of `tokens`; see minids.train.recipe."""
@@ -33,12 +31,12 @@ class RecipeConfig:
     """Token budget of the run; every phase keeps V3's share of it."""
     sequence_length: int = 128
     """Tokens in a row (V3: 4096)."""
-    batch: int = 16
+    batch: int = 8
     """Sequences in a global batch after the ramp (V3: 15360)."""
     batch_start: int | None = None
     """Sequences in the first batch; default a fifth of batch, as in V3."""
-    lr: float = 4e-3
-    """Peak learning rate (V3: 2.2e-4; small models stand, and need, more)."""
+    lr: float = 2e-3
+    """Peak learning rate (V3: 2.2e-4; small models need more, and twice this is worse already)."""
     warmup_steps: int = 20
     """Steps of linear warm-up (V3: 2000)."""
     gamma: float = 1e-3
@@ -91,9 +89,9 @@ class TrainConfig:
     """Checkpoints to keep."""
     max_skips: int = 10
     """Steps in a row that may be skipped for a loss or gradient that is not finite."""
-    prompts: tuple[str, ...] = ("def main(", "class ", "import ")
-    """What the sample at the end continues; the run writes sample.txt."""
-    sample_tokens: int = 96
+    prompts: tuple[str, ...] = ()
+    """What the sample at the end continues; default: three beginnings of Python code. The run writes sample.txt."""
+    sample_tokens: int = 80
     """Tokens to generate for each prompt; 0 for no sample."""
     resume: bool = False
     """Continue the run in the folder, bit for bit."""

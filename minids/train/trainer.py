@@ -21,6 +21,7 @@ Source: DeepSeek-V3 Technical Report (arXiv 2412.19437), sections 2.1.2, 2.2 and
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -46,6 +47,12 @@ from minids.train.settings import FREE_ON_RESUME, TrainConfig
 from minids.train.step import StepResult, compute_gradients, validation_loss
 
 __all__ = ["TrainConfig", "Trainer", "TrainingStopped", "train"]
+# Beginnings that lie in the middle of a file: a small model has seen few beginnings of files.
+PROMPTS = (
+    'import os\nimport sys\n\n\ndef read_file(path):\n    """',
+    "    def __init__(self, name, value=None):\n        self.name = name\n",
+    "        if not isinstance(value, str):\n            raise ",
+)
 DTYPES = {"fp32": torch.float32, "bf16-autocast": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -83,9 +90,8 @@ class Trainer:
         """Open the run folder, read the data, build or load the model. Raises before writing if settings are wrong."""
         out = config.folder
         found = state.prepare_folder(out, config.to_dict(), config.resume, config.overwrite, FREE_ON_RESUME)
-        data = build_data(config.data, sequence_length=config.recipe.sequence_length)
+        data = build_data(config.data, config.recipe.sequence_length, progress=not os.environ.get("CI"))
         tokenizer = data.tokenizer
-        tokenizer.save(out / "tokenizer.json")
         random.seed(config.seed)
         np.random.seed(config.seed)  # noqa: NPY002 - for the code of others; ours has its own generators
         torch.manual_seed(config.seed)
@@ -103,8 +109,12 @@ class Trainer:
             model = checkpoint.load(found, dtype=dtype, device=config.device)
         optimizer = Optimizer(model, config.optim, model.cfg.num_hidden_layers)
         if found is None:
+            tokenizer.save(out / "tokenizer.json")
             return cls(config, data, model, optimizer, MetricsLog(out / "metrics.jsonl"))
         tensors, values = state.load_checkpoint(found)
+        if values["data"] != fingerprint(data):
+            raise ValueError(f"--resume: the training tokens are not those of the run in {out} (the corpus or the "
+                             f"tokenizer has changed): {values['data']} then, {fingerprint(data)} now")
         moments = {k.removeprefix("optimizer/"): v for k, v in tensors.items() if k.startswith("optimizer/")}
         optimizer.load_state(moments, values["optimizer"])
         state.set_rng_state(tensors, values["rng"])
@@ -121,6 +131,7 @@ class Trainer:
         tensors = {f"optimizer/{k}": v for k, v in tensors.items()} | rng_tensors
         progress = asdict(self.progress)
         values = {"progress": progress, "optimizer": values, "rng": rng_values, "metrics_bytes": self.log.sync(),
+                  "data": fingerprint(self.data),
                   "threads": torch.get_num_threads(), "torch": torch.__version__}
 
         def write_model(folder: Path) -> None:
@@ -220,17 +231,26 @@ class Trainer:
                 f"{p.position}; the last checkpoint is {state.latest_checkpoint(self.config.folder)}")
 
 
+def fingerprint(data: Data) -> dict:
+    """What tells one stream of training tokens from another: its length, its order's seed and a hash."""
+    tokens = data.train.tokens
+    return {"tokens": len(tokens), "seed": data.train.seed,
+            "blake2b": hashlib.blake2b(np.ascontiguousarray(tokens).data, digest_size=16).hexdigest()}
+
+
 def write_sample(trainer: Trainer) -> str:
     """Continue the configured prompts, write them to sample.txt; returns the text."""
     # infer stands to the right of train: imported here, when the training is over, and nowhere else.
     from minids.infer import generate
 
     config, tokenizer = trainer.config, trainer.data.tokenizer
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(p)] for p in config.prompts]
+    beginnings = config.prompts or PROMPTS
+    # No bos: a row of training starts anywhere in the stream, and so may a prompt.
+    prompts = [tokenizer.encode(p) for p in beginnings]
     trainer.model.eval()
     outputs = generate(trainer.model, prompts, max_new_tokens=config.sample_tokens, temperature=0.6, top_p=0.95,
                        seed=config.seed, eos_token_id=tokenizer.eos_id)
-    texts = [p + tokenizer.decode(o) for p, o in zip(config.prompts, outputs, strict=True)]
+    texts = [p + tokenizer.decode(o) for p, o in zip(beginnings, outputs, strict=True)]
     text = ("\n" + "-" * 60 + "\n").join(texts) + "\n"
     state.write_atomic(config.folder / "sample.txt", text)
     return text
@@ -253,7 +273,7 @@ def train(config: TrainConfig) -> dict:
         trainer.log.close()
     if not (out / "loss.png").exists():
         trainer.plot()
-    sample = write_sample(trainer) if config.sample_tokens and config.prompts else ""
+    sample = write_sample(trainer) if config.sample_tokens else ""
     folder = state.latest_checkpoint(out)
     summary = {"out": str(out), "checkpoint": str(folder), **asdict(progress),
                "tokens_per_second": progress.tokens / progress.seconds, "sample": sample}
@@ -262,5 +282,6 @@ def train(config: TrainConfig) -> dict:
     print(f"loss {progress.loss:.4f}, validation {progress.valid_loss:.4f} after {progress.step} steps, "
           f"{progress.tokens:,} tokens, {progress.seconds:.0f} s of training, {progress.skipped} steps skipped\n"
           f"checkpoint  {folder}\nmetrics     {out / 'metrics.jsonl'}\nloss curve  {out / 'loss.png'}"
-          + (f"\nsample      {out / 'sample.txt'}" if sample else ""))
+          + (f"\nsample      {out / 'sample.txt'}" if sample else "")
+          + f"\nwrite more  python -m minids generate --checkpoint {out} --prompt \"def \"")
     return json.loads(json.dumps(summary))

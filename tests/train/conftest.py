@@ -30,20 +30,27 @@ def corpus(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def tiny(corpus, tmp_path):
-    """tiny(**changes) -> TrainConfig: 20 steps of 4 rows of 32 tokens; `recipe` and `data` are dicts, `model` adds."""
+@pytest.fixture(scope="session")
+def build_tiny(corpus):
+    """build_tiny(out=..., **changes) -> TrainConfig: 20 steps of 4 rows of 32 tokens; `recipe` and `data` are dicts,
+    `model` adds to TINY."""
 
     def build(recipe=None, data=None, model=(), **changes):
         data = {"corpus": "folder", "path": str(corpus / "text"), "vocab_size": 320, "min_chars": 1,
                 "valid_fraction": 0.1, "cache_dir": str(corpus / "cache")} | (data or {})
         recipe = {"tokens": 20 * 4 * 32, "sequence_length": 32, "batch": 4, "batch_start": 4, "lr": 3e-3,
                   "warmup_steps": 2} | (recipe or {})
-        settings = {"out": tmp_path / "run", "model": (*TINY, *model), "micro_batch": 4, "eval_every": 5, "eval_rows": 4,
+        settings = {"model": (*TINY, *model), "micro_batch": 4, "eval_every": 5, "eval_rows": 4,
                     "save_every": 5, "sample_tokens": 4, "prompts": ("def alpha",)} | changes
         return TrainConfig(data=DataConfig(**data), recipe=RecipeConfig(**recipe), **settings)
 
     return build
+
+
+@pytest.fixture
+def tiny(build_tiny, tmp_path):
+    """`build_tiny` with the run in tmp_path / "run"."""
+    return lambda **changes: build_tiny(**({"out": tmp_path / "run"} | changes))
 
 
 @pytest.fixture(autouse=True)

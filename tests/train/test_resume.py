@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,11 +55,13 @@ SWITCHES = {
 
 
 @pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
-def test_resume_is_bit_exact(tiny, tmp_path, switches):
+def test_resume_is_bit_exact(tiny, tmp_path, whole, switches):
     """Stopped by an exception after step 13, resumed from step 10, against the uninterrupted run."""
     torch.use_deterministic_algorithms(True)
     try:
-        full_run(tiny(out=tmp_path / "whole", **switches))
+        if switches:
+            whole = tmp_path / "whole"
+            full_run(tiny(out=whole, **switches))
         trainer = Trainer.start(tiny(**switches))
         real = trainer.step
 
@@ -76,7 +79,7 @@ def test_resume_is_bit_exact(tiny, tmp_path, switches):
     finally:
         torch.use_deterministic_algorithms(False)
     assert resumed.progress.step == 20
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert_same_run(whole, tmp_path / "run")
 
 
 def test_a_finished_run_resumes_to_itself(tiny, tmp_path):
@@ -143,11 +146,12 @@ def child(config, where):
     raise AssertionError(process.stderr.read())
 
 
-@pytest.fixture
-def whole(tiny, tmp_path):
-    """The uninterrupted run, in a process that has the same number of threads."""
-    full_run(tiny(out=tmp_path / "whole"))
-    return tmp_path / "whole"
+@pytest.fixture(scope="module")
+def whole(build_tiny, tmp_path_factory):
+    """The uninterrupted run, made once."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    full_run(build_tiny(out=folder))
+    return folder
 
 
 @pytest.mark.parametrize(("where", "resumes_at"), [("training", 10), ("write", 10)])
@@ -185,6 +189,19 @@ def test_killed_before_the_first_checkpoint_it_starts_again(tiny, whole, tmp_pat
     trainer.log.close()
     full_run(tiny(save_every=5, resume=True))
     assert_same_run(whole, tmp_path / "run")
+
+
+def test_resume_on_another_text_is_refused(tiny, tmp_path, corpus):
+    text = tmp_path / "text"
+    shutil.copytree(corpus / "text", text)
+    five = {"recipe": {"tokens": 5 * 4 * 32}, "data": {"path": str(text)}}
+    full_run(tiny(**five))
+    before = (tmp_path / "run" / "tokenizer.json").read_bytes()
+    for path in sorted(text.iterdir())[:30]:
+        path.write_text(path.read_text().replace("omega", "lambda"))
+    with pytest.raises(ValueError, match="training tokens are not those of the run"):
+        Trainer.start(tiny(resume=True, **five))
+    assert (tmp_path / "run" / "tokenizer.json").read_bytes() == before
 
 
 def test_resume_with_another_recipe_is_refused_before_any_work(tiny, tmp_path):
