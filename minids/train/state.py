@@ -76,11 +76,11 @@ def latest_checkpoint(out: str | Path) -> Path | None:
     return checkpoints(out)[-1] if checkpoints(out) else None
 
 
-def prepare_folder(out: Path, settings: dict, resume: bool, overwrite: bool, free: set[str]) -> Path | None:
-    """Check and set up the run folder; returns the checkpoint to resume from (None: start at step 0).
+def check_folder(out: Path, settings: dict, resume: bool, overwrite: bool, free: set[str]) -> Path | None:
+    """Whether a run may start in `out`; returns the checkpoint to resume from (None: start at step 0). Writes nothing.
 
-    `settings` are the nested settings of the run, saved as run.json; `free` names the top-level ones that a resumed
-    run may change. Raises FileExistsError, FileNotFoundError or ValueError before anything is written.
+    `settings` are the nested settings of the run, to be saved as run.json; `free` names the top-level ones that a
+    resumed run may change. Raises FileExistsError, FileNotFoundError or ValueError.
     """
     if resume and overwrite:
         raise ValueError("resume and overwrite exclude each other: the one continues the run, the other deletes it")
@@ -89,9 +89,9 @@ def prepare_folder(out: Path, settings: dict, resume: bool, overwrite: bool, fre
         if not run_file.exists():
             raise FileNotFoundError(f"--resume: {out} holds no run (no run.json); start it without --resume")
         _check_same(json.loads(run_file.read_text()), settings, free)
-        for leftover in _temporaries(out):
-            _remove(leftover)
         return latest_checkpoint(out)
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"--out {out} is a file; give a folder")
     if out.exists() and any(out.iterdir()):
         if not overwrite:
             raise FileExistsError(f"--out {out} is not empty: give --resume to continue the run in it, --overwrite to "
@@ -99,12 +99,20 @@ def prepare_folder(out: Path, settings: dict, resume: bool, overwrite: bool, fre
         if not run_file.exists():
             raise FileExistsError(f"--overwrite: {out} is not empty and holds no run (no run.json), so nothing in it "
                                   "is deleted; give another folder")
-        # `latest` goes first and run.json last: a kill on the way leaves a folder that --overwrite still accepts.
-        for path in [out / "latest", *checkpoints(out), *(out / n for n in OWN_FILES[::-1]), *_temporaries(out)]:
-            _remove(path)
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(run_file, json.dumps(settings, indent=2, default=str) + "\n")
     return None
+
+
+def open_folder(out: Path, settings: dict, resume: bool) -> None:
+    """After `check_folder`: clear what a killed writer left, or what an older run left, and write run.json."""
+    for leftover in _temporaries(out):
+        _remove(leftover)
+    if resume:
+        return
+    # `latest` goes first and run.json last: a kill on the way leaves a folder that --overwrite still accepts.
+    for path in [out / "latest", *checkpoints(out), *(out / n for n in OWN_FILES[::-1])]:
+        _remove(path)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / "run.json", json.dumps(settings, indent=2, default=str) + "\n")
 
 
 def _temporaries(out: Path) -> list[Path]:

@@ -51,7 +51,7 @@ __all__ = ["TrainConfig", "Trainer", "TrainingStopped", "train"]
 PROMPTS = (
     'import os\nimport sys\n\n\ndef read_file(path):\n    """',
     "    def __init__(self, name, value=None):\n        self.name = name\n",
-    "        if not isinstance(value, str):\n            raise ",
+    "        if not isinstance(value, str):\n            raise",
 )
 DTYPES = {"fp32": torch.float32, "bf16-autocast": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -87,41 +87,38 @@ class Trainer:
 
     @classmethod
     def start(cls, config: TrainConfig) -> Trainer:
-        """Open the run folder, read the data, build or load the model. Raises before writing if settings are wrong."""
-        out = config.folder
-        found = state.prepare_folder(out, config.to_dict(), config.resume, config.overwrite, FREE_ON_RESUME)
+        """Read the data, build or load the model, open the run folder: in this order, so that settings which cannot
+        work leave no trace."""
+        out, settings = config.folder, config.to_dict()
+        found = state.check_folder(out, settings, config.resume, config.overwrite, FREE_ON_RESUME)
         data = build_data(config.data, config.recipe.sequence_length, progress=not os.environ.get("CI"))
-        tokenizer = data.tokenizer
         random.seed(config.seed)
         np.random.seed(config.seed)  # noqa: NPY002 - for the code of others; ours has its own generators
         torch.manual_seed(config.seed)
-        dtype = DTYPES[config.resolved_precision]
-        if found is None:
-            model_config = config.model_config(tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id)
-            before = torch.get_default_dtype()
-            torch.set_default_dtype(dtype)
-            try:
-                with torch.device(config.device):
-                    model = Transformer(model_config)
-            finally:
-                torch.set_default_dtype(before)
-        else:
-            model = checkpoint.load(found, dtype=dtype, device=config.device)
+        if found is not None:
+            return cls._continue(config, data, found)
+        model = new_model(config, data)
         optimizer = Optimizer(model, config.optim, model.cfg.num_hidden_layers)
-        if found is None:
-            tokenizer.save(out / "tokenizer.json")
-            return cls(config, data, model, optimizer, MetricsLog(out / "metrics.jsonl"))
+        state.open_folder(out, settings, config.resume)
+        data.tokenizer.save(out / "tokenizer.json")
+        return cls(config, data, model, optimizer, MetricsLog(out / "metrics.jsonl"))
+
+    @classmethod
+    def _continue(cls, config: TrainConfig, data: Data, found: Path) -> Trainer:
         tensors, values = state.load_checkpoint(found)
         if values["data"] != fingerprint(data):
-            raise ValueError(f"--resume: the training tokens are not those of the run in {out} (the corpus or the "
-                             f"tokenizer has changed): {values['data']} then, {fingerprint(data)} now")
+            raise ValueError(f"--resume: the training tokens are not those of the run in {config.folder} (the corpus or "
+                             f"the tokenizer has changed): {values['data']} then, {fingerprint(data)} now")
+        model = checkpoint.load(found, dtype=DTYPES[config.resolved_precision], device=config.device)
+        optimizer = Optimizer(model, config.optim, model.cfg.num_hidden_layers)
         moments = {k.removeprefix("optimizer/"): v for k, v in tensors.items() if k.startswith("optimizer/")}
         optimizer.load_state(moments, values["optimizer"])
-        state.set_rng_state(tensors, values["rng"])
         if values["threads"] != torch.get_num_threads():
             print(f"note: the run used {values['threads']} threads, this process {torch.get_num_threads()}; sums may "
                   "differ in their last bits, so the continuation is exact only with the same number")
-        log = MetricsLog(out / "metrics.jsonl", values["metrics_bytes"])
+        state.open_folder(config.folder, config.to_dict(), resume=True)
+        log = MetricsLog(config.folder / "metrics.jsonl", values["metrics_bytes"])
+        state.set_rng_state(tensors, values["rng"])
         return cls(config, data, model, optimizer, log, Progress(**values["progress"]))
 
     def save(self) -> Path:
@@ -131,8 +128,7 @@ class Trainer:
         tensors = {f"optimizer/{k}": v for k, v in tensors.items()} | rng_tensors
         progress = asdict(self.progress)
         values = {"progress": progress, "optimizer": values, "rng": rng_values, "metrics_bytes": self.log.sync(),
-                  "data": fingerprint(self.data),
-                  "threads": torch.get_num_threads(), "torch": torch.__version__}
+                  "data": fingerprint(self.data), "threads": torch.get_num_threads(), "torch": torch.__version__}
 
         def write_model(folder: Path) -> None:
             checkpoint.save(self.model, folder)
@@ -229,6 +225,19 @@ class Trainer:
                 f"(loss {p.loss}, gradient norm {self.optimizer.grad_norm}); the weights are those of step "
                 f"{p.step - p.skips_in_row}. Lower --recipe.lr, change --precision, or look at the data from row "
                 f"{p.position}; the last checkpoint is {state.latest_checkpoint(self.config.folder)}")
+
+
+def new_model(config: TrainConfig, data: Data) -> Transformer:
+    """A model with random weights, of the config's precision and on its device, for the data's vocabulary."""
+    tokenizer = data.tokenizer
+    model_config = config.model_config(tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPES[config.resolved_precision])
+    try:
+        with torch.device(config.device):
+            return Transformer(model_config)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def fingerprint(data: Data) -> dict:

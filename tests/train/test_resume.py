@@ -214,6 +214,14 @@ def test_resume_with_another_recipe_is_refused_before_any_work(tiny, tmp_path):
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+def test_settings_that_fail_on_the_data_leave_no_trace(tiny, tmp_path):
+    with pytest.raises(ValueError, match="nowhere"):
+        train(tiny(data={"path": str(tmp_path / "nowhere")}))
+    with pytest.raises(ValueError, match="vocab_size"):
+        train(tiny(model=("vocab_size=300",)))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_a_run_leaves(tiny, tmp_path, capsys):
     summary = train(tiny())
     out = tmp_path / "run"

@@ -22,7 +22,9 @@ def save(out, step, keep=2):
 
 
 def prepare(out, settings=SETTINGS, resume=False, overwrite=False):
-    return state.prepare_folder(out, settings, resume, overwrite, free={"keep"})
+    found = state.check_folder(out, settings, resume, overwrite, free={"keep"})
+    state.open_folder(out, settings, resume)
+    return found
 
 
 def test_a_folder_with_anything_in_it_is_refused_and_left_alone(tmp_path):
