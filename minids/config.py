@@ -9,6 +9,7 @@ Notation: D hidden_size, H heads, N/R qk_nope/qk_rope_head_dim, V v_head_dim, C 
 E n_routed_experts, K num_experts_per_tok, F moe_intermediate_size.
 """
 
+import copy
 import dataclasses
 import json
 import os
@@ -124,7 +125,7 @@ class ModelConfig:
 
     def to_dict(self) -> dict:
         """The published ``config.json`` as a dict; ``from_dict(to_dict())`` is the same config."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
+        values = {f.name: copy.deepcopy(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "extra"}
         v2 = self.model_type == "deepseek_v2"
         values["architectures"] = ["DeepseekV2ForCausalLM" if v2 else "DeepseekV3ForCausalLM"]
         return {**values, **self.extra}
@@ -344,7 +345,7 @@ PRESETS: dict[str, dict] = {
         vocab_size=32768, hidden_size=1024, num_hidden_layers=16, first_k_dense_replace=1, intermediate_size=2816,
         moe_intermediate_size=512, num_attention_heads=16, q_lora_rank=384, kv_lora_rank=256, qk_nope_head_dim=64,
         qk_rope_head_dim=32, v_head_dim=64, n_routed_experts=64, n_shared_experts=1, num_experts_per_tok=8, n_group=8,
-        topk_group=4, max_position_embeddings=4096,
+        topk_group=4, max_position_embeddings=4096, initializer_range=0.016,  # 0.006 x sqrt(7168 / 1024)
     ),
     "v2_lite": dict(
         vocab_size=102400, hidden_size=2048, num_hidden_layers=27, first_k_dense_replace=1, intermediate_size=10944,

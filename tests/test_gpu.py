@@ -35,8 +35,8 @@ def test_fp32_step_equals_the_cpu(model):
     gpu, gpu_grads = step(model.cuda(), rows.cuda(), ids.cuda())
     assert torch.equal(cpu.loads(), gpu.loads().cpu())
     torch.testing.assert_close(gpu.loss.cpu(), cpu.loss, atol=1e-5, rtol=1e-5)
-    for name, grad in cpu_grads.items():
-        torch.testing.assert_close(gpu_grads[name], grad, atol=1e-5, rtol=1e-3, msg=name)
+    errors = {name: ((gpu_grads[name] - grad).norm() / grad.norm()).item() for name, grad in cpu_grads.items()}
+    assert max(errors.values()) < 1e-4, sorted(errors.items(), key=lambda item: -item[1])[:5]
 
 
 @pytest.mark.parametrize("autocast", [True, False])

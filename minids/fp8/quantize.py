@@ -52,7 +52,9 @@ def quantize_block(w: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
     if not torch.isfinite(amax).all():
         bad = int((~torch.isfinite(w.float())).sum())
         raise ValueError(f"w: {bad} of {w.numel()} values are NaN or infinite in FP32, expected finite weights")
-    scale_inv = torch.where(amax > 0, amax.clamp(min=SMALLEST_AMAX) / E4M3_MAX, 1.0)
+    # Divided by a tensor: CUDA turns a division by a Python number into a product with its rounded reciprocal.
+    largest = torch.full_like(amax, E4M3_MAX)
+    scale_inv = torch.where(amax > 0, amax.clamp(min=SMALLEST_AMAX) / largest, 1.0)
     # amax / scale can round to just above 448. torch rounds that back and gives NaN from 464 on; other casts differ.
     scaled = (blocks / scale_inv[..., :, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX)
     return _from_blocks(scaled.to(torch.float8_e4m3fn), w.shape), scale_inv

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minids.model.linear import Linear
+
 
 class _RMSNorm(torch.autograd.Function):
     """y = x r w with r = 1 / sqrt(mean(x^2) + eps).  With g = dy w:  dx = r (g - x r mean(g x r)),  dw = sum dy x r."""
@@ -46,7 +48,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.is_cpu:
             return _RMSNorm.apply(x, self.weight, self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)  # one dtype: CUDA's fused kernel asks
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -54,7 +56,8 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor, row_weight: Tensor | None) -> Tensor:
-        ctx.save_for_backward(gate, up, row_weight)
+        if ctx is not None:
+            ctx.save_for_backward(gate, up, row_weight)
         h = F.silu(gate).mul_(up)
         return h if row_weight is None else h.mul_(row_weight)
 
@@ -71,7 +74,9 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate: Tensor, up: Tensor, row_weight: Tensor | None = None) -> Tensor:
     """silu(gate) * up, each row times ``row_weight`` (rows, 1) where given; all in one dtype, shapes (rows, F)."""
-    return _SwiGLU.apply(gate, up, row_weight)
+    if torch.is_grad_enabled():
+        return _SwiGLU.apply(gate, up, row_weight)
+    return _SwiGLU.forward(None, gate, up, row_weight)
 
 
 class MLP(nn.Module):
@@ -79,9 +84,9 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, intermediate_size)
+        self.up_proj = Linear(hidden_size, intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
