@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from minids.config import ModelConfig
 from minids.model.layers import RMSNorm
+from minids.model.linear import Linear
 from minids.model.rope import apply_rope, rope_table, softmax_scale
 
 
@@ -147,15 +148,15 @@ class MLA(nn.Module):
         self.cfg, self.scale = cfg, softmax_scale(cfg)
         d, heads = cfg.hidden_size, cfg.num_attention_heads
         if cfg.q_lora_rank is None:
-            self.q_proj = nn.Linear(d, heads * cfg.qk_head_dim, bias=False)
+            self.q_proj = Linear(d, heads * cfg.qk_head_dim)
         else:
-            self.q_a_proj = nn.Linear(d, cfg.q_lora_rank, bias=False)
+            self.q_a_proj = Linear(d, cfg.q_lora_rank)
             self.q_a_layernorm = RMSNorm(cfg.q_lora_rank, cfg.rms_norm_eps)
-            self.q_b_proj = nn.Linear(cfg.q_lora_rank, heads * cfg.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(d, cfg.latent_dim, bias=False)
+            self.q_b_proj = Linear(cfg.q_lora_rank, heads * cfg.qk_head_dim)
+        self.kv_a_proj_with_mqa = Linear(d, cfg.latent_dim)
         self.kv_a_layernorm = RMSNorm(cfg.kv_lora_rank, cfg.rms_norm_eps)
-        self.kv_b_proj = nn.Linear(cfg.kv_lora_rank, heads * (cfg.qk_nope_head_dim + cfg.v_head_dim), bias=False)
-        self.o_proj = nn.Linear(heads * cfg.v_head_dim, d, bias=False)
+        self.kv_b_proj = Linear(cfg.kv_lora_rank, heads * (cfg.qk_nope_head_dim + cfg.v_head_dim))
+        self.o_proj = Linear(heads * cfg.v_head_dim, d)
 
     def query(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """q^N (B, T, H, N) and q^R (B, T, H, R), not rotated yet. The query is of low rank in inference too."""

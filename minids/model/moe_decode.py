@@ -2,11 +2,11 @@
 
     out_t = sum over the chosen i of g_t,i * Expert_i(x_t)
 
-In training every expert multiplies hundreds of tokens; in decoding, one or two. Reading an expert's weights is then most of
-the time, and what a grouped GEMM does around it the rest. So here the host sorts the choices, experts without a token
-cost nothing, and each chosen expert is read once, in products written as W x^T with two columns or more. With one column (an
-expert's only token, which therefore goes in twice) or as x W^T the product becomes a matrix-vector one, or one of
-few rows; both read weights from memory at less than half the speed.
+In training every expert multiplies hundreds of tokens; in decoding, one or two. Reading an expert's weights is then most
+of the time, and what a grouped GEMM does around it the rest. So here the host sorts the choices, experts without a token
+cost nothing, and each chosen expert is read once, in products written as W x^T with two columns or more. With one column
+(an expert's only token, which therefore goes in twice) or as x W^T the product becomes a matrix-vector one, or one of few
+rows; both read weights from memory at less than half the speed.
 
 Shapes: N tokens, K chosen, M slots (N * K, and the doubles), E experts, D hidden, F expert width.
 """

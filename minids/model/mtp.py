@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from minids.config import ModelConfig
 from minids.model.block import Block, Context
 from minids.model.layers import RMSNorm
+from minids.model.linear import Linear
 from minids.model.loss import IGNORE, linear_cross_entropy
 from minids.model.router import Routing
 
@@ -31,7 +32,7 @@ class MTPModule(Block):
         super().__init__(cfg, index)
         self.enorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.hnorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.eh_proj = nn.Linear(2 * cfg.hidden_size, cfg.hidden_size, bias=False)
+        self.eh_proj = Linear(2 * cfg.hidden_size, cfg.hidden_size)
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)})
 
     def forward(self, hidden_BTD: Tensor, embedded_BTD: Tensor, context: Context) -> tuple[Tensor, Routing]:

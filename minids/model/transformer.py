@@ -16,6 +16,7 @@ from minids.config import ModelConfig
 from minids.model.attention import LatentCache, causal_mask
 from minids.model.block import Block, Context
 from minids.model.layers import RMSNorm
+from minids.model.linear import Linear
 from minids.model.loss import IGNORE, linear_cross_entropy
 from minids.model.moe import Experts
 from minids.model.mtp import MTPModule, mtp_loss
@@ -62,7 +63,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.model = Trunk(cfg)
-        self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+        self.lm_head = Linear(cfg.hidden_size, cfg.vocab_size)
         if cfg.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.reset_parameters()
