@@ -27,7 +27,7 @@ FREE_ON_RESUME = {"resume", "overwrite", "out", "name", "keep", "save_every", "p
 class RecipeConfig:
     """V3's schedule on a budget of `tokens`; see minids.train.recipe."""
 
-    tokens: int = 600_000
+    tokens: int = 500_000
     """Token budget of the run; every phase keeps V3's share of it."""
     sequence_length: int = 128
     """Tokens in a row (V3: 4096)."""

@@ -206,8 +206,9 @@ class Trainer:
                     record["valid_loss"] = self.evaluate()
                 self.log.write(record)
                 bar.update()
-                bar.set_postfix_str(f"loss {progress.loss:.3f}, valid {progress.valid_loss:.3f}, "
-                                    f"{record['tokens_per_second']:.0f} tok/s", refresh=False)
+                valid = "" if math.isnan(progress.valid_loss) else f", valid {progress.valid_loss:.3f}"
+                bar.set_postfix_str(f"loss {progress.loss:.3f}{valid}, {record['tokens_per_second']:.0f} tok/s",
+                                    refresh=False)
                 if progress.skips_in_row >= config.max_skips:
                     raise TrainingStopped(self._stopped())
                 if interrupt.received or final or progress.step % config.save_every == 0:
