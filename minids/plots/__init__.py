@@ -1,14 +1,21 @@
 """Every figure of the package, one named function each, all in one style; a file for each part of the course."""
 
 from minids.plots.course_map import cache_bars, cost_bars, flop_shares, parameter_squares, system_map
+from minids.plots.mla import cheaper_form, decode_times, merged_rank, recall_by_cache, roofline, shared_heads
 from minids.plots.training import loss_curve, smooth
 
 __all__ = [
     "cache_bars",
+    "cheaper_form",
     "cost_bars",
+    "decode_times",
     "flop_shares",
     "loss_curve",
+    "merged_rank",
     "parameter_squares",
+    "recall_by_cache",
+    "roofline",
+    "shared_heads",
     "smooth",
     "system_map",
 ]
