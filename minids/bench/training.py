@@ -1,13 +1,17 @@
-"""The training step beside transformers': forward and backward of the 19.7M model, 8 rows of 256 tokens, in tokens a second.
+"""The training step beside transformers': forward and backward of the 19.7M model on 8 rows of 256 tokens.
 
 What is compared. Both sides hold the same weights and get the same rows; their losses and the gradients of embedding and
 head must agree before anything is timed. A step is zeroed gradients, forward with the next-token loss, backward; no
-optimizer, which would be the same on both sides. Ours also counts the load of every expert.
+optimizer, which would be the same on both sides. Ours also counts the load of every expert. Every round brings fresh
+rows, as training does: the experts' loads change, and with them the sizes of their products (see `gemm_multiple`).
 
 The limit. The FLOPs of a step are counted from the shapes (6 a multiplied parameter and token, and attention, whose
 causal half is computed in full here), and divided by the matmul rate of the same run and dtype.
 """
 
+import functools
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,16 +32,17 @@ def step_flops(cfg: ModelConfig) -> int:
     return per_token * ROWS * LENGTH
 
 
-def ours(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
+def ours(model: nn.Module, rows: Tensor) -> float:
+    """One step on ``rows`` (ROWS, LENGTH + 1); the loss."""
     model.zero_grad(set_to_none=True)
-    out = model(inputs, labels=labels)
+    out = model(rows[:, :-1], labels=rows[:, 1:])
     out.loss.backward()
     out.loads()
     return out.loss.item()
 
 
 def theirs(twin: nn.Module, rows: Tensor) -> float:
-    """``labels`` are shifted inside; the last label is lost there, so rows carry it as one more token."""
+    """The same with transformers; its own ``labels`` would lose the last one, so the loss is written out."""
     twin.zero_grad(set_to_none=True)
     out = twin(input_ids=rows[:, :-1], use_cache=False)
     loss = nn.functional.cross_entropy(out.logits.flatten(0, 1).float(), rows[:, 1:].flatten())
@@ -55,8 +60,8 @@ def check_equal(model: nn.Module, twin: nn.Module, rows: Tensor) -> dict[str, fl
     peer's by more than a tenth."""
     exact = benchmark_model()
     exact.load_state_dict(model.state_dict())
-    ours(exact, rows[:, :-1], rows[:, 1:])
-    ours(model, rows[:, :-1], rows[:, 1:])
+    ours(exact, rows)
+    ours(model, rows)
     theirs(twin, rows)
     found = {}
     for name, reference in gradients(exact).items():
@@ -69,9 +74,16 @@ def check_equal(model: nn.Module, twin: nn.Module, rows: Tensor) -> dict[str, fl
     return found
 
 
+def over(batches: list[Tensor], step: Callable[[Tensor], float]) -> Callable[[], float]:
+    """A step that takes the next batch at every call."""
+    following: Iterator[Tensor] = itertools.cycle(batches)
+    return lambda: step(next(following))
+
+
 def run(rounds: int) -> Report:
     """FP32 and BF16 (weights and activations), both implementations of transformers' experts."""
-    rows = torch.randint(0, 4096, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randint(0, 4096, (ROWS, LENGTH + 1), generator=generator) for _ in range(rounds + 1)]
     report = Report(
         f"Training step, forward + backward, {ROWS} x {LENGTH} tokens, one thread",
         ["dtype", "implementation", "ms", "tokens/s", "x peer", "GFLOP/s", "of matmul rate"], [],
@@ -79,10 +91,10 @@ def run(rounds: int) -> Report:
     for dtype, target in TARGETS.items():
         model = benchmark_model().to(dtype).train()
         twins = {kind: transformers_twin(model, kind).train() for kind in ("grouped_mm", "eager")}
-        difference = check_equal(model, twins["grouped_mm"], rows)
-        candidates = {"minids": lambda model=model: ours(model, rows[:, :-1], rows[:, 1:])}
+        difference = check_equal(model, twins["grouped_mm"], batches[0])
+        candidates = {"minids": over(batches, functools.partial(ours, model))}
         for kind, twin in twins.items():
-            candidates[f"transformers {kind}"] = lambda twin=twin: theirs(twin, rows)
+            candidates[f"transformers {kind}"] = over(batches, functools.partial(theirs, twin))
         times = interleaved(candidates, rounds, matmul_dtype=dtype)
         add_rows(report, str(dtype).removeprefix("torch."), times, step_flops(model.cfg), target, difference)
     report.notes.append("x peer: against transformers with grouped_mm experts, the median of the ratios within a round.")
