@@ -11,9 +11,14 @@ would win over one with a negative biased score.
 V2's variants are the same code: softmax scores, no bias, no groups (``greedy``) or a group's score is its best expert
 (``group_limited_greedy``), gates not normalised.
 
+A balancing strategy (minids/model/balancer.py) may hang two hooks into the gate: ``disturb`` adds noise to the logits,
+``assign`` decides who gets in when experts are full, or turns the choice around. Both act in training only, so that
+inference is always the plain top-K above and a checkpoint needs to know nothing of the strategy that made it.
+
 Shapes: N tokens (B * T), D hidden, E experts, K chosen, G groups.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -25,13 +30,30 @@ from minids.config import ModelConfig
 
 
 @dataclass
+class Noise:
+    """What noisy top-K did to the logits; both (N, E) float32, differentiable. [1701.06538 eq. 4]"""
+
+    clean: Tensor
+    deviation: Tensor
+
+
+@dataclass
 class Routing:
     """Where a layer sent its N tokens."""
 
-    weights: Tensor  # (N, K) float32: gate values g, differentiable
+    weights: Tensor  # (N, K) float32: gate values g, differentiable; 0 where a choice was not served
     indices: Tensor  # (N, K) int64: the chosen experts, in no particular order
     scores: Tensor  # (N, E) float32: s, differentiable (the balance losses read it)
-    load: Tensor  # (E,) int64: tokens that chose each expert
+    load: Tensor  # (E,) int64: tokens that chose each expert, served or not
+    logits: Tensor | None = None  # (N, E) float32: x W_g^T with its noise, differentiable
+    noise: Noise | None = None
+    served: Tensor | None = None  # (N, K) bool: choices that reach their expert; None is all
+
+    def received(self) -> Tensor:
+        """(E,) int64: tokens each expert works on, ``load`` without the choices that were not served."""
+        if self.served is None:
+            return self.load
+        return torch.zeros_like(self.load).scatter_add_(0, self.indices.flatten(), self.served.flatten().long())
 
 
 def keep_best_groups(choice_NE: Tensor, cfg: ModelConfig) -> Tensor:
@@ -55,6 +77,10 @@ class Gate(nn.Module):
         self.weight = nn.Parameter(torch.empty(cfg.n_routed_experts, cfg.hidden_size))
         bias = torch.zeros(cfg.n_routed_experts, dtype=torch.float32) if cfg.topk_method == "noaux_tc" else None
         self.register_buffer("e_score_correction_bias", bias)
+        # Hooks of a balancing strategy, used in training only; see Strategy.install.
+        self.disturb: Callable[[Gate, Tensor, Tensor], Noise] | None = None
+        self.assign: Callable[[Gate, Tensor], tuple[Tensor, Tensor]] | None = None
+        self.normalise_served = False  # gates sum to the scaling factor over the served choices, not over all
 
     def _apply(self, fn, recurse=True):
         """``model.to(torch.bfloat16)`` casts everything; the bias stays float32, as published."""
@@ -65,30 +91,60 @@ class Gate(nn.Module):
             self.e_score_correction_bias = moved if moved.dtype == bias.dtype else bias.to(moved.device)
         return self
 
+    def logits(self, x_ND: Tensor) -> Tensor:
+        """x W_g^T (N, E), float32 whatever the model's dtype."""
+        return linear_float32(x_ND, self.weight)
+
+    def activate(self, logits_NE: Tensor) -> Tensor:
+        return logits_NE.sigmoid() if self.cfg.scoring_func == "sigmoid" else logits_NE.softmax(-1)
+
     def scores(self, x_ND: Tensor) -> Tensor:
         """s (N, E), float32 whatever the model's dtype."""
-        device = x_ND.device.type
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            logits = F.linear(x_ND.float(), self.weight.float())
-        return logits.sigmoid() if self.cfg.scoring_func == "sigmoid" else logits.softmax(-1)
+        return self.activate(self.logits(x_ND))
 
-    def choose(self, scores_NE: Tensor) -> Tensor:
-        """Indices (N, K) of the chosen experts; no gradient flows through a choice."""
+    def preference(self, scores_NE: Tensor) -> Tensor:
+        """s + b (N, E), -inf outside the kept groups: what the choice goes by. No gradient flows through a choice."""
         choice = scores_NE.detach()
         if self.e_score_correction_bias is not None:
             choice = choice + self.e_score_correction_bias
         if self.cfg.topk_method != "greedy" and self.cfg.topk_group < self.cfg.n_group:
             choice = keep_best_groups(choice, self.cfg)
-        return choice.topk(self.cfg.num_experts_per_tok, dim=-1, sorted=False).indices
+        return choice
 
-    def forward(self, x_ND: Tensor) -> Routing:
-        scores = self.scores(x_ND)
-        indices = self.choose(scores)
-        weights = scores.gather(-1, indices)
+    def choose(self, scores_NE: Tensor) -> Tensor:
+        """Indices (N, K) of the chosen experts."""
+        return self.preference(scores_NE).topk(self.cfg.num_experts_per_tok, dim=-1, sorted=False).indices
+
+    def gate_values(self, scores_NE: Tensor, indices: Tensor, served: Tensor | None = None) -> Tensor:
+        """g (N, K) of the chosen experts; 0 for a choice that was not served."""
+        weights = scores_NE.gather(-1, indices)
+        if served is not None and self.normalise_served:
+            weights = weights * served
         if self.cfg.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         weights = weights * self.cfg.routed_scaling_factor
-        return Routing(weights, indices, scores, count_load(indices, self.cfg.n_routed_experts))
+        return weights if served is None else weights * served
+
+    def forward(self, x_ND: Tensor) -> Routing:
+        logits, noise, served = self.logits(x_ND), None, None
+        if self.training and self.disturb is not None:
+            noise = self.disturb(self, x_ND, logits)
+            logits = noise.clean + torch.randn_like(noise.clean) * noise.deviation
+        scores = self.activate(logits)
+        if self.training and self.assign is not None:
+            indices, served = self.assign(self, self.preference(scores))
+        else:
+            indices = self.choose(scores)
+        weights = self.gate_values(scores, indices, served)
+        load = count_load(indices, self.cfg.n_routed_experts)
+        return Routing(weights, indices, scores, load, logits, noise, served)
+
+
+def linear_float32(x_ND: Tensor, weight_ED: Tensor) -> Tensor:
+    """x W^T in float32, out of autocast's reach."""
+    device = x_ND.device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        return F.linear(x_ND.float(), weight_ED.float())
 
 
 def count_load(indices: Tensor, n_experts: int) -> Tensor:
