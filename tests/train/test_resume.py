@@ -91,19 +91,20 @@ def test_a_finished_run_resumes_to_itself(tiny, tmp_path):
 
 
 CHILD = """
-import dataclasses, json, os, sys, time
+import json, sys, time
+import torch
 from minids.data import DataConfig
 from minids.train import state
 from minids.train.optim import OptimConfig
 from minids.train.settings import RecipeConfig, TrainConfig
 from minids.train.trainer import Trainer, train
 
+torch.set_num_threads(int(sys.argv[3]))  # bit for bit holds between equal numbers of threads
 values = json.loads(sys.argv[1])
 for name, kind in (("data", DataConfig), ("recipe", RecipeConfig), ("optim", OptimConfig)):
     values[name] = kind(**values[name])
 values["model"], values["prompts"] = tuple(values["model"]), tuple(values["prompts"])
 config, where = TrainConfig(**values), sys.argv[2]
-out = str(config.folder)
 
 step = Trainer.step
 def slow_step(self):
@@ -138,8 +139,9 @@ train(config)
 
 def child(config, where):
     """Start the run in a process of its own; returns it when it has reached the place named by `where`."""
-    process = subprocess.Popen([sys.executable, "-c", CHILD, json.dumps(config.to_dict()), where], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "CI": "1"})
+    command = [sys.executable, "-c", CHILD, json.dumps(config.to_dict()), where, str(torch.get_num_threads())]
+    process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env={**os.environ, "CI": "1"})
     for line in process.stdout:
         if line.strip() == "NOW":
             return process
