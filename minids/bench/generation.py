@@ -1,10 +1,10 @@
 """Generation with cache beside transformers' `generate`: 64 new tokens, greedy, the same weights, one thread.
 
 What is compared. Both sides get the same 19.7M model and the same random prompts, and must first write exactly the same
-tokens; only then are they timed, interleaved. transformers caches the latent too, but expands it to keys and values of
-all heads at every step; here decoding stays in the latent space (absorbed MLA), and a step is few enough operations
-that the weights' bytes, not Python, set the pace. The last column is the bandwidth at which one step's weights are
-read: at batch 1 that is the limit.
+tokens; only then are they timed, interleaved, prefill included. transformers caches the latent too, but expands it to keys
+and values of all heads at every step; here decoding stays in the latent space (absorbed MLA), reads each chosen expert
+once and makes fewer operations of a step. The last column is the rate at which a step's weights are read: the memory's
+bandwidth is the limit that it can be held against.
 """
 
 from collections.abc import Callable
