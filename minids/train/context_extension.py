@@ -34,6 +34,7 @@ from minids.config import ModelConfig
 from minids.model.block import Context
 from minids.model.rope import rope_frequencies, yarn_mscale
 from minids.model.transformer import Transformer
+from minids.plots import loss_by_position, needle_maps
 
 LENGTH, FACTOR = 64, 8
 STEPS, BATCH, LR = 300, 64, 5e-3  # pre-training: 1.2M tokens
@@ -204,6 +205,22 @@ def by_distance(losses: Tensor, rows: Rows, edges: tuple[int, ...] = (1, 16, 32,
 
 
 @torch.no_grad()
+def older_values(model: nn.Module, rows: Rows, start: int = 0) -> tuple[float, float]:
+    """Of the wrong answers from position ``start`` on: the share that is an older value of the right key, and what it
+    would be if wrong values were drawn blindly. nan without wrong answers."""
+    answers = model(rows.tokens[:, :-1]).argmax(-1) - ANSWER
+    found = []
+    for row, i in (rows.scored == LEDGER).nonzero().tolist():
+        text, answer = rows.tokens[row].tolist(), answers[row, i - 1].item()
+        right, first = text[i] - ANSWER, NOTE + (text[i - 1] - ASK) * VALUES
+        older = {token - first for token in text[:i] if 0 <= token - first < VALUES} - {right}
+        if i >= start and answer != right:
+            found.append((answer in older, len(older) / (VALUES - 1)))
+    share, luck = np.mean(found, axis=0) if found else (math.nan, math.nan)
+    return float(share), float(luck)
+
+
+@torch.no_grad()
 def needle_grid(model: nn.Module, rows: int = 32, seed: int = 7) -> list[list[float]]:
     """Share of right answers, one list a length of NEEDLE_LENGTHS, in it one figure a depth of NEEDLE_DEPTHS."""
     def accuracy(length, depth):
@@ -250,7 +267,7 @@ def experiment(seed: int) -> dict:
 
 
 def main() -> None:
-    """Writes ``figures/context_extension.json``."""
+    """Runs the experiment for some seeds and writes its figures' data and the figures."""
     parser = argparse.ArgumentParser(prog="python -m minids.train.context_extension", description=main.__doc__)
     parser.add_argument("--out", type=Path, default=Path("figures/context_extension.json"), help="the file to write")
     parser.add_argument("--seeds", type=int, default=5, help="how many runs (default 5)")
@@ -265,7 +282,9 @@ def main() -> None:
     temporary = options.out.with_suffix(".tmp")
     temporary.write_text(json.dumps({"length": LENGTH, "factor": FACTOR, "runs": runs}) + "\n", encoding="utf-8")
     os.replace(temporary, options.out)
-    print(f"{options.seeds} runs written to {options.out}")
+    loss_by_position(runs, LENGTH, LENGTH * FACTOR).savefig(options.out.with_name(f"{options.out.stem}_loss.png"))
+    needle_maps(runs, NEEDLE_LENGTHS, LENGTH).savefig(options.out.with_name(f"{options.out.stem}_needle.png"))
+    print(f"{options.seeds} runs written to {options.out}, two figures beside it")
 
 
 if __name__ == "__main__":
