@@ -86,6 +86,8 @@ def _published_tensors(model: Transformer) -> Iterator[tuple[str, tuple[int, ...
     head = "model.embed_tokens.weight" if cfg.tie_word_embeddings else "lm_head.weight"
     for key, tensor in state.items():
         shape = tuple(tensor.shape)
+        if key.endswith(".gate.noise_weight"):  # of noisy top-k in training; the trainer keeps it
+            continue
         if key.endswith(".experts.gate_up_proj"):
             width, stem = shape[1] // 2, key.removesuffix("gate_up_proj")
             for e in range(shape[0]):

@@ -42,7 +42,6 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "buffer": assignment.Buffer,
     "expert_choice": assignment.ExpertChoice,
 }
-V3_DEFAULT = ("bias", "sequence")
 
 
 def parse(text: str) -> Strategy:
@@ -65,8 +64,11 @@ def parse(text: str) -> Strategy:
     return kind(**values)
 
 
-def parse_all(texts: Sequence[str], cfg: ModelConfig) -> tuple[Strategy, ...]:
-    """Strategies of a run, each checked against the config and the others. Raises ValueError with the reason."""
+def parse_all(texts: Sequence[str] | None, cfg: ModelConfig) -> tuple[Strategy, ...]:
+    """Strategies of a run, each checked against the config and the others. Raises ValueError with the reason. None is what
+    V3 does, bias and sequence-wise loss; where the router has no bias, the loss alone."""
+    if texts is None:
+        texts = ("bias", "sequence") if cfg.topk_method == "noaux_tc" else ("sequence",)
     strategies = tuple(map(parse, texts))
     kinds = [type(strategy) for strategy in strategies]
     for text, strategy in zip(texts, strategies, strict=True):
@@ -88,8 +90,8 @@ class Balancer:
     cfg: ModelConfig
 
     @classmethod
-    def install(cls, model: Transformer, texts: Sequence[str] = V3_DEFAULT) -> "Balancer":
-        """Make ``model`` train with these strategies; before its optimizer is built."""
+    def install(cls, model: Transformer, texts: Sequence[str] | None = None) -> "Balancer":
+        """Make ``model`` train with these strategies (``parse_all``); before its optimizer is built."""
         strategies, gates = parse_all(texts, model.cfg), model.routers()
         for gate in gates:
             for strategy in strategies:

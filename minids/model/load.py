@@ -73,7 +73,8 @@ class LoadMeter:
         return self.sums["load"] if self.sums else torch.empty(0, self.cfg.n_routed_experts, dtype=torch.int64)
 
     def read(self, gates: Sequence[Gate] = ()) -> dict[str, list]:
-        """Every statistic as plain numbers, a value (or row) for each layer; with ``gates`` their bias too."""
+        """Every statistic as plain numbers, a value (or row) for each layer; with ``gates`` their bias too. Empty if no
+        MoE layer was measured."""
         if not self.sums:
             return {}
         s = {name: value.double().cpu() for name, value in self.sums.items()}

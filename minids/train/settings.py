@@ -18,6 +18,7 @@ import torch
 
 from minids.config import ModelConfig
 from minids.data import DataConfig
+from minids.model.balancer import parse_all
 from minids.train.optim import OptimConfig
 from minids.train.recipe import Recipe
 
@@ -66,6 +67,9 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    balance: tuple[str, ...] | None = None
+    """Balancing strategies, each NAME or NAME:FIELD=VALUE,...; see minids.model.balancer. Default: V3's, bias and
+    sequence (a router without a bias: sequence alone); none at all: --balance with nothing behind it."""
     seed: int = 0
     """Seeds the weights; the data has its own."""
     device: str = "cpu"
@@ -113,7 +117,7 @@ class TrainConfig:
             raise ValueError("resume and overwrite exclude each other: the one continues the run, the other deletes it")
         self._check_device()
         self.recipe.build()
-        self.model_config()
+        parse_all(self.balance, self.model_config())
 
     def _check_device(self) -> None:
         try:

@@ -5,8 +5,9 @@ Over micro-batches m with n_m counted labels, of n in all, and r_m of r rows:
     loss = sum_m  n_m / n * (LM_m + lambda * MTP_m)  +  r_m / r * balance_m
 
 so that the gradient is that of the whole batch in one pass, whatever the split: the token losses are means over
-labels, and masked labels spread unevenly; the sequence-wise balance loss is a mean over sequences. The load of an
-expert is a count and simply adds up; the bias update of the global batch reads the sum.
+labels, and masked labels spread unevenly; the sequence-wise balance loss is a mean over sequences (a batch-wise one sees
+a micro-batch at a time, and so does a capacity). The load of an expert is a count and simply adds up; the bias update of
+the global batch reads the sum.
 
 Document masks are a switch. V3 pre-trains without: attention, positions and the next-token label run across documents
 in a packed row. MTP labels never cross a document's end in either mode. With the mask on, attention and positions stay
@@ -29,7 +30,8 @@ import torch
 from torch import Tensor
 
 from minids.data import PackedRows
-from minids.model.balance import sequence_balance_loss
+from minids.model.balancer import Balancer
+from minids.model.load import LoadMeter
 from minids.model.loss import IGNORE
 from minids.model.transformer import Transformer
 from minids.train.optim import Optimizer
@@ -43,8 +45,13 @@ class StepResult:
     total: float  # what was differentiated: decides whether the step counts
     loss: float  # next token
     mtp_losses: list[float]  # one a depth, not multiplied by lambda
-    balance_loss: float  # sum over MoE layers, times alpha
-    loads: Tensor  # (L, E) int64, tokens each expert received in the whole batch
+    balance_loss: float  # sum over strategies and MoE layers, times alpha
+    meter: LoadMeter  # of the whole batch, a micro-batch at a time
+
+    @property
+    def loads(self) -> Tensor:
+        """(L, E) int64, tokens each expert received in the whole batch."""
+        return self.meter.load
 
 
 def split_rows(tokens: np.ndarray | Tensor, document_ids: np.ndarray | Tensor, document_mask: bool,
@@ -66,13 +73,18 @@ def autocast(precision: str, device: str) -> AbstractContextManager:
 
 
 def compute_gradients(model: Transformer, optimizer: Optimizer, tokens: np.ndarray | Tensor,
-                      document_ids: np.ndarray | Tensor, mtp_lambda: float, config: TrainConfig) -> StepResult:
-    """Leave the gradient of a global batch (B, T + 1) in `optimizer` (times its loss scale); returns the losses."""
+                      document_ids: np.ndarray | Tensor, mtp_lambda: float, config: TrainConfig,
+                      balancer: Balancer | None = None) -> StepResult:
+    """Leave the gradient of a global batch (B, T + 1) in `optimizer` (times its loss scale); returns the losses.
+
+    `balancer`: the strategies installed in the model; None is what V3 does.
+    """
     model.train()
+    balancer = balancer or Balancer.install(model)
     inputs, labels, ids = split_rows(tokens, document_ids, config.document_mask, config.device)
     rows, counted = len(inputs), (labels != IGNORE).sum().clamp_min(1)
     sums = {"total": 0.0, "loss": 0.0, "balance": 0.0}
-    mtp_sums, loads = [], 0
+    mtp_sums, meter = [], LoadMeter(model.cfg)
     for start in range(0, rows, config.micro_batch):
         part = slice(start, start + config.micro_batch)
         with autocast(config.resolved_precision, config.device):
@@ -80,7 +92,7 @@ def compute_gradients(model: Transformer, optimizer: Optimizer, tokens: np.ndarr
                         document_mask=config.document_mask, recompute=config.recompute)
         share = (labels[part] != IGNORE).sum() / counted
         size = len(inputs[part])
-        balance = sum(sequence_balance_loss(r, size, model.cfg) for r in out.routing) * (size / rows)
+        balance = balancer.loss(out.routing, size) * (size / rows)
         loss = share * out.loss + balance
         if out.mtp_losses:
             loss = loss + mtp_lambda * share * out.mtp_loss
@@ -90,16 +102,16 @@ def compute_gradients(model: Transformer, optimizer: Optimizer, tokens: np.ndarr
         sums["total"] += loss.detach()
         sums["loss"] += (share * out.loss).detach()
         sums["balance"] += balance.detach() if isinstance(balance, Tensor) else balance
-        loads = loads + out.loads() if out.routing else loads
+        meter.add(out.routing)
     return StepResult(
         total=float(sums["total"]), loss=float(sums["loss"]), balance_loss=float(sums["balance"]),
-        mtp_losses=[float(sum(depth)) for depth in zip(*mtp_sums, strict=True)],
-        loads=loads if isinstance(loads, Tensor) else torch.empty(0, 0, dtype=torch.int64))
+        mtp_losses=[float(sum(depth)) for depth in zip(*mtp_sums, strict=True)], meter=meter)
 
 
 @torch.no_grad()
-def validation_loss(model: Transformer, rows: PackedRows, config: TrainConfig) -> float:
-    """Mean next-token loss (nats a token) over the first `eval_rows` rows in the validation order, or all of fewer."""
+def validation_loss(model: Transformer, rows: PackedRows, config: TrainConfig, meter: LoadMeter | None = None) -> float:
+    """Mean next-token loss (nats a token) over the first `eval_rows` rows in the validation order, or all of fewer.
+    `meter` counts the routing of each forward pass."""
     model.eval()
     count = min(config.eval_rows, rows.n_rows)
     total, counted = 0.0, 0
@@ -108,6 +120,8 @@ def validation_loss(model: Transformer, rows: PackedRows, config: TrainConfig) -
         inputs, labels, ids = split_rows(tokens, ids, config.document_mask, config.device)
         with autocast(config.resolved_precision, config.device):
             out = model(inputs, labels=labels, document_ids=ids, document_mask=config.document_mask, mtp=False)
+        if meter is not None:
+            meter.add(out.routing)
         n = int((labels != IGNORE).sum())
         total, counted = total + float(out.loss) * n, counted + n
     return total / max(counted, 1)

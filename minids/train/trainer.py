@@ -2,7 +2,7 @@
 
 One step, for a global batch of b(t) sequences at t tokens seen:
 
-    loss = LM loss + lambda(t) * MTP loss + sequence-wise balance loss         summed over micro-batches
+    loss = LM loss + lambda(t) * MTP loss + balance losses                     summed over micro-batches
     weights: AdamW at lr(t), gradients clipped to norm 1                       minids.train.optim
     bias:    b_i += gamma(t) * sign(mean load - load_i)                        load of the whole global batch
 
@@ -36,7 +36,9 @@ from tqdm import tqdm
 
 from minids import checkpoint
 from minids.data import Data, build_data
-from minids.model.balance import max_violation, update_bias
+from minids.model.balance import max_violation
+from minids.model.balancer import Balancer
+from minids.model.load import LoadMeter
 from minids.model.transformer import Transformer
 from minids.plots import loss_curve
 from minids.train import state
@@ -81,9 +83,11 @@ class Trainer:
     config: TrainConfig
     data: Data
     model: Transformer
+    balancer: Balancer
     optimizer: Optimizer
     log: MetricsLog
     progress: Progress = field(default_factory=Progress)
+    valid_meter: LoadMeter | None = None  # of the last evaluation
 
     @classmethod
     def start(cls, config: TrainConfig) -> Trainer:
@@ -98,10 +102,11 @@ class Trainer:
         if found is not None:
             return cls._continue(config, data, found)
         model = new_model(config, data)
+        balancer = Balancer.install(model, config.balance)
         optimizer = Optimizer(model, config.optim, model.cfg.num_hidden_layers)
         state.open_folder(out, settings, config.resume)
         data.tokenizer.save(out / "tokenizer.json")
-        return cls(config, data, model, optimizer, MetricsLog(out / "metrics.jsonl"))
+        return cls(config, data, model, balancer, optimizer, MetricsLog(out / "metrics.jsonl"))
 
     @classmethod
     def _continue(cls, config: TrainConfig, data: Data, found: Path) -> Trainer:
@@ -110,6 +115,8 @@ class Trainer:
             raise ValueError(f"--resume: the training tokens are not those of the run in {config.folder} (the corpus or "
                              f"the tokenizer has changed): {values['data']} then, {fingerprint(data)} now")
         model = checkpoint.load(found, dtype=DTYPES[config.resolved_precision], device=config.device)
+        balancer = Balancer.install(model, config.balance)
+        balancer.load_state({k.removeprefix("balance/"): v for k, v in tensors.items() if k.startswith("balance/")})
         optimizer = Optimizer(model, config.optim, model.cfg.num_hidden_layers)
         moments = {k.removeprefix("optimizer/"): v for k, v in tensors.items() if k.startswith("optimizer/")}
         optimizer.load_state(moments, values["optimizer"])
@@ -119,13 +126,14 @@ class Trainer:
         state.open_folder(config.folder, config.to_dict(), resume=True)
         log = MetricsLog(config.folder / "metrics.jsonl", values["metrics_bytes"])
         state.set_rng_state(tensors, values["rng"])
-        return cls(config, data, model, optimizer, log, Progress(**values["progress"]))
+        return cls(config, data, model, balancer, optimizer, log, Progress(**values["progress"]))
 
     def save(self) -> Path:
         """Write the checkpoint of the current step; returns its folder."""
         tensors, values = self.optimizer.state()
         rng_tensors, rng_values = state.rng_state()
         tensors = {f"optimizer/{k}": v for k, v in tensors.items()} | rng_tensors
+        tensors |= {f"balance/{k}": v for k, v in self.balancer.state().items()}
         progress = asdict(self.progress)
         values = {"progress": progress, "optimizer": values, "rng": rng_values, "metrics_bytes": self.log.sync(),
                   "data": fingerprint(self.data), "threads": torch.get_num_threads(), "torch": torch.__version__}
@@ -147,10 +155,11 @@ class Trainer:
         rates = {"lr": recipe.lr(after), "batch": rows, "gamma": recipe.gamma(progress.tokens),
                  "lambda": recipe.mtp_lambda(progress.tokens)}
         tokens, document_ids = self.data.train.batch(progress.position, rows)
-        result = compute_gradients(self.model, self.optimizer, tokens, document_ids, rates["lambda"], config)
+        result = compute_gradients(self.model, self.optimizer, tokens, document_ids, rates["lambda"], config,
+                                   self.balancer)
         moved = self.optimizer.step(rates["lr"], apply=math.isfinite(result.total))
         if moved:
-            update_bias(self.model.routers(), result.loads, rates["gamma"])
+            self.balancer.update(result.loads, rates["gamma"])
         progress.step, progress.tokens, progress.position = progress.step + 1, after, progress.position + rows
         progress.skipped += not moved
         progress.skips_in_row = 0 if moved else progress.skips_in_row + 1
@@ -167,6 +176,9 @@ class Trainer:
         if len(result.loads):
             violation = max_violation(result.loads)
             record |= {"maxvio_mean": float(violation.mean()), "maxvio_max": float(violation.max())}
+            found = result.meter.read()
+            for name in ("token_entropy", "load_entropy", "dropped_share", "experts_per_token", "nodes_per_token"):
+                record[name] = sum(found[name]) / len(found[name])  # a mean over layers
         spreads = [float(b.max() - b.min()) for b in biases if b is not None]
         if spreads:
             record["bias_spread"] = max(spreads)
@@ -183,8 +195,17 @@ class Trainer:
 
     def evaluate(self) -> float:
         """Validation loss (nats a token) on the first `eval_rows` rows of the validation data."""
-        self.progress.valid_loss = validation_loss(self.model, self.data.valid, self.config)
+        self.valid_meter = LoadMeter(self.model.cfg)
+        self.progress.valid_loss = validation_loss(self.model, self.data.valid, self.config, self.valid_meter)
         return self.progress.valid_loss
+
+    def _valid_balance(self) -> dict:
+        """Load of every expert over the validation rows, MaxVio (of all rows, and of a pass), and the bias: lists, a row or
+        value for each MoE layer; the bias of MTP modules too."""
+        found = self.valid_meter.read()
+        kept = {f"valid_{name}": found[name] for name in ("load", "max_violation_global", "max_violation_batch") if found}
+        biases = [gate.e_score_correction_bias for gate in self.model.routers()]
+        return kept | {"bias": [bias.tolist() for bias in biases if bias is not None]}
 
     def plot(self) -> None:
         """Draw loss.png from what metrics.jsonl holds."""
@@ -204,6 +225,7 @@ class Trainer:
                 final = not recipe.next_batch(progress.tokens)
                 if config.eval_every and (progress.step % config.eval_every == 0 or final):
                     record["valid_loss"] = self.evaluate()
+                    record |= self._valid_balance()
                 self.log.write(record)
                 bar.update()
                 valid = "" if math.isnan(progress.valid_loss) else f", valid {progress.valid_loss:.3f}"

@@ -51,6 +51,9 @@ SWITCHES = {
     "plain": {},
     "switches": {"document_mask": True, "recompute": True, "micro_batch": 3, "precision": "bf16", "keep": 1},
     "fp16": {"precision": "fp16"},
+    # W_noise is a parameter that a published checkpoint has no place for; its noise comes from the saved generator.
+    "noisy top-k": {"balance": ("noisy", "importance", "load"), "precision": "bf16", "model": ("topk_group=4",)},
+    "proportional, capacity": {"balance": ("proportional_bias", "capacity:priority=score", "z"), "recompute": True},
 }
 
 
