@@ -41,3 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if type(error).__name__ != "TrainingStopped":  # that one is an answer, others are faults to be seen whole
+            raise
+        print(f"stopped: {error}", file=sys.stderr)
+        sys.exit(1)
