@@ -12,7 +12,7 @@ anywhere from one token to the whole row back. Only tokens that can be known are
 answer to a question.
 
 Simplifications: one stage of extension instead of V3's two, dense layers instead of MoE, no MTP; 47 thousand parameters.
-The committed figures are made by `python -m minids.train.context_extension` (five seeds, about four minutes).
+The committed figures are made by `python -m minids.train.context_extension` (five seeds, about five minutes).
 Shapes: B rows, T tokens, R rope dims (R/2 pairs).
 """
 
