@@ -2,6 +2,15 @@
 
 from minids.plots.course_map import cache_bars, cost_bars, flop_shares, parameter_squares, system_map
 from minids.plots.mla import cheaper_form, decode_times, merged_rank, recall_by_cache, roofline, shared_heads
+from minids.plots.pretraining import (
+    gradient_ranges,
+    packed_row,
+    recipe_phases,
+    seed_effects,
+    seed_spread,
+    spike_watch,
+    training_run,
+)
 from minids.plots.rope import distance_profile, loss_by_position, needle_maps, rotation_dials, wavelength_chart
 from minids.plots.training import loss_curve, smooth
 
@@ -12,16 +21,23 @@ __all__ = [
     "decode_times",
     "distance_profile",
     "flop_shares",
+    "gradient_ranges",
     "loss_by_position",
     "loss_curve",
     "merged_rank",
     "needle_maps",
+    "packed_row",
     "parameter_squares",
     "recall_by_cache",
+    "recipe_phases",
     "roofline",
     "rotation_dials",
+    "seed_effects",
+    "seed_spread",
     "shared_heads",
     "smooth",
+    "spike_watch",
     "system_map",
+    "training_run",
     "wavelength_chart",
 ]

@@ -11,9 +11,9 @@ be X or may be luck. So the same small model is trained over and over:
 
 One of the changes is none: a smaller micro-batch, which is the same mathematics in another order of summation.
 
-Simplifications: every choice of documents, split, tokenizer and FIM stays as it is; 0.5M parameters and 200 thousand
-tokens a run. The committed figures are made by `python -m minids.train.seeds --workers 16` (80 runs of about half a
-minute on one core each); another Python has another standard library and so slightly other losses.
+Simplifications: every choice of documents, split, tokenizer and FIM stays as it is; a million parameters and 200
+thousand tokens a run. The committed figures are made by `python -m minids.train.seeds --workers 16`: 84 runs of about
+half a minute on one core each. Another Python has another standard library and so slightly other losses.
 """
 
 from __future__ import annotations
