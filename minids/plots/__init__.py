@@ -1,5 +1,6 @@
 """Every figure of the package, one named function each, all in one style; a file for each part of the course."""
 
+from minids.plots.balance import balance_over_time, gamma_sweep, node_limit, pareto, specialisation
 from minids.plots.course_map import cache_bars, cost_bars, flop_shares, parameter_squares, system_map
 from minids.plots.mla import cheaper_form, decode_times, merged_rank, recall_by_cache, roofline, shared_heads
 from minids.plots.pretraining import (
@@ -15,19 +16,23 @@ from minids.plots.rope import distance_profile, loss_by_position, needle_maps, r
 from minids.plots.training import loss_curve, smooth
 
 __all__ = [
+    "balance_over_time",
     "cache_bars",
     "cheaper_form",
     "cost_bars",
     "decode_times",
     "distance_profile",
     "flop_shares",
+    "gamma_sweep",
     "gradient_ranges",
     "loss_by_position",
     "loss_curve",
     "merged_rank",
     "needle_maps",
+    "node_limit",
     "packed_row",
     "parameter_squares",
+    "pareto",
     "recall_by_cache",
     "recipe_phases",
     "roofline",
@@ -36,6 +41,7 @@ __all__ = [
     "seed_spread",
     "shared_heads",
     "smooth",
+    "specialisation",
     "spike_watch",
     "system_map",
     "training_run",

@@ -1,0 +1,1 @@
+"""Experiments: a question of the papers in miniature, many small runs, their data kept and figures drawn from it."""

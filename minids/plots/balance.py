@@ -1,0 +1,162 @@
+"""Figures of the router laboratory, drawn from what `python -m minids experiment balance` writes (figures/balance)."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from minids.plots.style import BLUE, COLOURS, GREEN, GREY, ORANGE, styled
+
+MARKERS = "osD^vP*X<>hd"
+
+
+def select(result: dict, group: str = "sweep", name: str | None = None) -> list[dict]:
+    """Runs of a group, and of one strategy if named."""
+    return [run for run in result["runs"] if run["group"] == group and name in (None, run["name"])]
+
+
+def by(runs: Iterable[dict], field: str) -> dict:
+    """Runs collected by the value of a field, in order of appearance: the seeds of one setting lie together."""
+    found: dict = {}
+    for run in runs:
+        found.setdefault(run[field], []).append(run)
+    return found
+
+
+def mean_and_error(runs: list[dict], field: str) -> tuple[float, float]:
+    """Mean over seeds and the standard error of that mean (0 of a single seed)."""
+    values = [run[field] for run in runs]
+    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def _points(ax, groups: dict, x: str, y: str, **style) -> None:
+    points = [(*mean_and_error(runs, x), *mean_and_error(runs, y)) for runs in groups.values()]
+    xs, x_errors, ys, y_errors = map(list, zip(*points, strict=True))
+    ax.errorbar(xs, ys, y_errors, x_errors, capsize=2, markersize=5, elinewidth=0.9, linewidth=1.0, **style)
+
+
+@styled
+def pareto(result: dict) -> Figure:
+    """Validation loss against MaxVio in training: a line a strategy, a point a coefficient, bars the standard error over
+    seeds. Lower left is better."""
+    fig, ax = plt.subplots(figsize=(7.6, 4.6))
+    for number, (name, runs) in enumerate(by(select(result), "name").items()):
+        colour = COLOURS[number % len(COLOURS)]
+        _points(ax, by(runs, "coefficient"), "maxvio_train", "valid_mean", label=name, color=colour,
+                marker=MARKERS[number % len(MARKERS)], linestyle=("-", "--", ":")[number // len(COLOURS) % 3])
+    ax.set_xscale("log")
+    ax.set_xlabel("MaxVio of a training batch, last quarter (log scale, 0 is balance)")
+    ax.set_ylabel("validation loss (nats a token)")
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    return fig
+
+
+@styled
+def gamma_sweep(result: dict) -> Figure:
+    """V3's bias over its speed gamma: loss to the left, MaxVio to the right; the proportional variant beside it."""
+    fig, axes = plt.subplots(1, 2, figsize=(7.6, 3.4))
+    for name, colour in (("bias", BLUE), ("proportional bias", ORANGE)):
+        groups = by(select(result, name=name), "coefficient")
+        if not groups:
+            continue
+        for ax, field in zip(axes, ("valid_mean", "maxvio_train"), strict=True):
+            means, errors = zip(*(mean_and_error(runs, field) for runs in groups.values()), strict=True)
+            ax.errorbar(list(groups), means, errors, marker="o", capsize=3, color=colour, label=name)
+    none = select(result, name="none")
+    labels = (("valid_mean", "validation loss (nats a token)"), ("maxvio_train", "MaxVio of a batch"))
+    for ax, (field, label) in zip(axes, labels, strict=True):
+        if none:
+            ax.axhline(mean_and_error(none, field)[0], color=GREY, linestyle=":", label="no balancing")
+        ax.set_xscale("log")
+        ax.set_xlabel("gamma (log scale)")
+        ax.set_ylabel(label)
+    axes[1].set_yscale("log")
+    axes[0].legend()
+    return fig
+
+
+def relative_load(run: dict) -> dict[str, np.ndarray]:
+    """Of each kind of text, (L, E): an expert's load over the mean load, 1 when experts are used alike."""
+    loads = {kind: np.array(load, float) for kind, load in run["load"].items()}
+    return {kind: load / load.mean(-1, keepdims=True) for kind, load in loads.items()}
+
+
+def specialisation_index(run: dict) -> float:
+    """Mean over layers and experts of the standard deviation of its relative load over the kinds of text: 0 when every
+    expert serves all kinds alike."""
+    return float(np.stack(list(relative_load(run).values())).std(0).mean())
+
+
+def _specialised(result: dict) -> list[tuple[str, list[dict]]]:
+    """Auxiliary loss, batch-wise loss and bias, each at the coefficient whose MaxVio is nearest to that of V3's gamma."""
+    bias = by(select(result, name="bias"), "coefficient")
+    chosen = {}
+    if bias:
+        gamma = min(bias, key=lambda g: abs(np.log(g / 1e-3)))
+        chosen["bias"], target = bias[gamma], mean_and_error(bias[gamma], "maxvio_train")[0]
+        for name in ("sequence-wise", "batch-wise"):
+            groups = by(select(result, name=name), "coefficient")
+            if groups:
+                chosen[name] = min(groups.values(), key=lambda runs: abs(mean_and_error(runs, "maxvio_train")[0] - target))
+    return [(name, chosen[name]) for name in ("sequence-wise", "batch-wise", "bias") if name in chosen]
+
+
+@styled
+def specialisation(result: dict) -> Figure:
+    """V3's figure 9 in miniature: relative load of every expert of the last layer on code, prose and tables, one seed;
+    the number is the specialisation index, mean over seeds."""
+    chosen = _specialised(result)
+    fig, axes = plt.subplots(len(chosen), 1, figsize=(7.6, 0.5 + 1.35 * len(chosen)), squeeze=False, sharex=True)
+    image = None
+    for ax, (name, runs) in zip(axes[:, 0], chosen, strict=True):
+        loads = relative_load(runs[0])
+        image = ax.imshow(np.stack([load[-1] for load in loads.values()]), aspect="auto", cmap="viridis", vmin=0, vmax=4)
+        ax.set_yticks(range(len(loads)), list(loads))
+        ax.grid(False)
+        values = [specialisation_index(run) for run in runs]
+        coefficient = runs[0]["coefficient"]
+        ax.set_title(f"{name}, {coefficient:g}: index {statistics.mean(values):.2f}, "
+                     f"MaxVio {mean_and_error(runs, 'maxvio_train')[0]:.2f}", fontsize=9)
+    axes[-1, 0].set_xlabel("expert of the last layer")
+    fig.colorbar(image, ax=axes[:, 0], label="load / mean load of the kind")
+    return fig
+
+
+@styled
+def node_limit(result: dict) -> Figure:
+    """What the limit of groups a token costs: validation loss, and groups that a token reaches, under V3's bias."""
+    free = [run for run in select(result, name="bias") if run["coefficient"] == 1e-3]
+    groups = by(sorted([*select(result, "nodes"), *free], key=lambda run: run["topk_group"]), "topk_group")
+    fig, axes = plt.subplots(1, 2, figsize=(7.6, 3.2))
+    for ax, field, label, colour in zip(axes, ("valid_mean", "nodes_per_token"),
+                                        ("validation loss (nats a token)", "groups a token reaches"), (BLUE, GREEN),
+                                        strict=True):  # fmt: skip
+        means, errors = zip(*(mean_and_error(runs, field) for runs in groups.values()), strict=True)
+        ax.errorbar(list(groups), means, errors, marker="o", capsize=3, color=colour)
+        ax.set_xticks(list(groups))
+        ax.set_xlabel("topk_group, of 4 groups")
+        ax.set_ylabel(label)
+    return fig
+
+
+@styled
+def balance_over_time(result: dict) -> Figure:
+    """MaxVio of training batches over the steps, mean over seeds, for some strategies."""
+    fig, ax = plt.subplots()
+    wanted = (("none", None), ("bias", 1e-3), ("bias", 1e-2), ("batch-wise", 1e-2), ("sequence-wise", 1e-2),
+              ("switch", 1e-2))  # fmt: skip
+    for (name, coefficient), colour in zip(wanted, COLOURS, strict=True):
+        runs = [run for run in select(result, name=name) if run["coefficient"] == coefficient]
+        if runs:
+            steps = [(i + 1) * runs[0]["every"] for i in range(len(runs[0]["violations"]))]
+            label = name if coefficient is None else f"{name}, {coefficient:g}"
+            ax.plot(steps, np.mean([run["violations"] for run in runs], 0), color=colour, label=label)
+    ax.set_yscale("log")
+    ax.set_xlabel("step")
+    ax.set_ylabel("MaxVio of a training batch (log scale)")
+    ax.legend()
+    return fig
