@@ -3,6 +3,7 @@
 from minids.plots.balance import balance_over_time, gamma_sweep, node_limit, pareto, specialisation
 from minids.plots.course_map import cache_bars, cost_bars, flop_shares, parameter_squares, system_map
 from minids.plots.mla import cheaper_form, decode_times, merged_rank, recall_by_cache, roofline, shared_heads
+from minids.plots.placement import gpu_load_bars, nodes_reached_bars
 from minids.plots.pretraining import (
     gradient_ranges,
     packed_row,
@@ -24,12 +25,14 @@ __all__ = [
     "distance_profile",
     "flop_shares",
     "gamma_sweep",
+    "gpu_load_bars",
     "gradient_ranges",
     "loss_by_position",
     "loss_curve",
     "merged_rank",
     "needle_maps",
     "node_limit",
+    "nodes_reached_bars",
     "packed_row",
     "parameter_squares",
     "pareto",
