@@ -10,7 +10,7 @@ import sys
 COMMANDS = {
     "train": ("minids.train.trainer", "TrainConfig", "train", "train a miniature DeepSeek-V3 on real text"),
     "generate": ("minids.infer.run", "GenerateConfig", "run_generate", "write text with a trained model"),
-    "experiment": ("minids.experiments.run", "ExperimentConfig", "run_experiment", "train many small models to answer a question"),
+    "experiment": ("minids.experiments.run", "ExperimentConfig", "run_experiment", "run many small trainings"),
     "count": ("minids.count", "CountConfig", "run_count", "count a model's parameters, FLOPs, cache and FP8 scales"),
 }
 POSITIONAL = {"count"}  # their required settings are given without a flag: count v3

@@ -12,6 +12,18 @@ from matplotlib.figure import Figure
 from minids.plots.style import BLUE, COLOURS, GREEN, GREY, ORANGE, styled
 
 MARKERS = "osD^vP*X<>hd"
+GAMMA = 3e-3  # where one speed of the bias stands for it; the experiment's
+
+
+class NothingToDraw(ValueError):
+    """The data holds no run that the figure shows."""
+
+
+def need(runs, what: str):
+    """``runs``, or NothingToDraw if there are none."""
+    if not runs:
+        raise NothingToDraw(f"no runs of {what}")
+    return runs
 
 
 def select(result: dict, group: str = "sweep", name: str | None = None) -> list[dict]:
@@ -44,7 +56,7 @@ def pareto(result: dict) -> Figure:
     """Validation loss against MaxVio in training: a line a strategy, a point a coefficient, bars the standard error over
     seeds. Lower left is better."""
     fig, ax = plt.subplots(figsize=(7.6, 4.6))
-    for number, (name, runs) in enumerate(by(select(result), "name").items()):
+    for number, (name, runs) in enumerate(by(need(select(result), "the sweep"), "name").items()):
         colour = COLOURS[number % len(COLOURS)]
         _points(ax, by(runs, "coefficient"), "maxvio_train", "valid_mean", label=name, color=colour,
                 marker=MARKERS[number % len(MARKERS)], linestyle=("-", "--", ":")[number // len(COLOURS) % 3])
@@ -58,6 +70,7 @@ def pareto(result: dict) -> Figure:
 @styled
 def gamma_sweep(result: dict) -> Figure:
     """V3's bias over its speed gamma: loss to the left, MaxVio to the right; the proportional variant beside it."""
+    need(select(result, name="bias"), "the bias")
     fig, axes = plt.subplots(1, 2, figsize=(7.6, 3.4))
     for name, colour in (("bias", BLUE), ("proportional bias", ORANGE)):
         groups = by(select(result, name=name), "coefficient")
@@ -92,11 +105,11 @@ def specialisation_index(run: dict) -> float:
 
 
 def _specialised(result: dict) -> list[tuple[str, list[dict]]]:
-    """Auxiliary loss, batch-wise loss and bias, each at the coefficient whose MaxVio is nearest to that of V3's gamma."""
+    """Auxiliary loss, batch-wise loss and bias, each at the coefficient whose MaxVio is nearest to the bias's at GAMMA."""
     bias = by(select(result, name="bias"), "coefficient")
     chosen = {}
     if bias:
-        gamma = min(bias, key=lambda g: abs(np.log(g / 1e-3)))
+        gamma = min(bias, key=lambda g: abs(np.log(g / GAMMA)))
         chosen["bias"], target = bias[gamma], mean_and_error(bias[gamma], "maxvio_train")[0]
         for name in ("sequence-wise", "batch-wise"):
             groups = by(select(result, name=name), "coefficient")
@@ -109,7 +122,7 @@ def _specialised(result: dict) -> list[tuple[str, list[dict]]]:
 def specialisation(result: dict) -> Figure:
     """V3's figure 9 in miniature: relative load of every expert of the last layer on code, prose and tables, one seed;
     the number is the specialisation index, mean over seeds."""
-    chosen = _specialised(result)
+    chosen = need(_specialised(result), "the bias")
     fig, axes = plt.subplots(len(chosen), 1, figsize=(7.6, 0.5 + 1.35 * len(chosen)), squeeze=False, sharex=True)
     image = None
     for ax, (name, runs) in zip(axes[:, 0], chosen, strict=True):
@@ -128,9 +141,10 @@ def specialisation(result: dict) -> Figure:
 
 @styled
 def node_limit(result: dict) -> Figure:
-    """What the limit of groups a token costs: validation loss, and groups that a token reaches, under V3's bias."""
-    free = [run for run in select(result, name="bias") if run["coefficient"] == 1e-3]
-    groups = by(sorted([*select(result, "nodes"), *free], key=lambda run: run["topk_group"]), "topk_group")
+    """What the limit of groups a token costs: validation loss, and groups that a token reaches, under the bias."""
+    free = [run for run in select(result, name="bias") if run["coefficient"] == GAMMA]
+    runs = [*need(select(result, "nodes"), "the limit of groups"), *free]
+    groups = by(sorted(runs, key=lambda run: run["topk_group"]), "topk_group")
     fig, axes = plt.subplots(1, 2, figsize=(7.6, 3.2))
     for ax, field, label, colour in zip(axes, ("valid_mean", "nodes_per_token"),
                                         ("validation loss (nats a token)", "groups a token reaches"), (BLUE, GREEN),
@@ -146,8 +160,9 @@ def node_limit(result: dict) -> Figure:
 @styled
 def balance_over_time(result: dict) -> Figure:
     """MaxVio of training batches over the steps, mean over seeds, for some strategies."""
+    need(select(result, name="none") + select(result, name="bias"), "the bias, or without balancing")
     fig, ax = plt.subplots()
-    wanted = (("none", None), ("bias", 1e-3), ("bias", 1e-2), ("batch-wise", 1e-2), ("sequence-wise", 1e-2),
+    wanted = (("none", None), ("bias", 1e-3), ("bias", 3e-3), ("batch-wise", 1e-2), ("sequence-wise", 1e-2),
               ("switch", 1e-2))  # fmt: skip
     for (name, coefficient), colour in zip(wanted, COLOURS, strict=True):
         runs = [run for run in select(result, name=name) if run["coefficient"] == coefficient]

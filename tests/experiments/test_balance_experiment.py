@@ -107,6 +107,12 @@ def test_a_failed_run_is_reported_and_the_others_are_kept(small, tmp_path, monke
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == len(jobs_of(config))  # a header, one run missing
 
 
+def test_stops_when_the_time_is_over_and_goes_on_later(small, tmp_path):
+    config = BalanceConfig(out=tmp_path, quick=True, minutes=1e-6)
+    assert len(balance.run(config)["runs"]) == 1
+    assert len(balance.run(dataclasses.replace(config, minutes=0.0))["runs"]) == len(jobs_of(config))
+
+
 def test_runs_of_other_settings_are_not_mixed(tmp_path):
     path = tmp_path / "runs.jsonl"
     path.write_text('{"settings": 1}\n{"key": "a"}\n')
@@ -127,9 +133,9 @@ def test_figures_of_the_committed_kind_of_data(data):
     runs = []
     for seed in (0, 1):
         for name, coefficient, texts, gamma, limit, group in [
-            ("none", None, (), 0.0, 4, "sweep"), ("bias", 1e-3, ("bias",), 1e-3, 4, "sweep"),
+            ("none", None, (), 0.0, 4, "sweep"), ("bias", 3e-3, ("bias",), 3e-3, 4, "sweep"),
             ("bias", 1e-2, ("bias",), 1e-2, 4, "sweep"), ("sequence-wise", 0.1, ("sequence:alpha=0.1",), 0.0, 4, "sweep"),
-            ("batch-wise", 0.1, ("batch:alpha=0.1",), 0.0, 4, "sweep"), ("bias", 1e-3, ("bias",), 1e-3, 2, "nodes"),
+            ("batch-wise", 0.1, ("batch:alpha=0.1",), 0.0, 4, "sweep"), ("bias", 3e-3, ("bias",), 3e-3, 2, "nodes"),
         ]:  # fmt: skip
             runs.append(one_run(Job(group, name, coefficient, texts, gamma, limit, seed), TINY, data, "cpu"))
     for name in ("pareto", "gamma_sweep", "specialisation", "node_limit", "balance_over_time"):
@@ -139,6 +145,10 @@ def test_figures_of_the_committed_kind_of_data(data):
     mean, error = plots.mean_and_error(runs[:1] + runs[6:7], "valid_mean")
     both = [runs[0]["valid_mean"], runs[6]["valid_mean"]]
     assert mean == pytest.approx(sum(both) / 2) and error == pytest.approx(abs(both[0] - both[1]) / 2)
+
+
+def test_the_figures_know_the_experiments_gamma():
+    assert plots.GAMMA == balance.GAMMA and plots.GAMMA in [c for c, *_ in balance.SWEEP["bias"]]
 
 
 def test_specialisation_index():
