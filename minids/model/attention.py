@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minids.config import ModelConfig
+from minids.model import attention_decode
 from minids.model.layers import RMSNorm
 from minids.model.linear import Linear
 from minids.model.rope import apply_rope, rope_table, softmax_scale
@@ -41,6 +42,7 @@ class LatentCache:
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.filled = 0
         self.ragged = False  # rows of different lengths
+        self.folded: dict[int, attention_decode.Folded] = {}  # each layer's weights as decoding wants them
 
     def place(self, length: int) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """Where the next ``length`` tokens of each row go, how they are rotated and what they see: positions (B, T)
@@ -158,6 +160,11 @@ class MLA(nn.Module):
         self.kv_b_proj = Linear(cfg.kv_lora_rank, heads * (cfg.qk_nope_head_dim + cfg.v_head_dim))
         self.o_proj = Linear(heads * cfg.v_head_dim, d)
 
+    def projections(self) -> list[Tensor]:
+        """The weights of all linear maps, the scale of the query's norm among them: all that can be folded."""
+        low_rank = (self.q_a_proj, self.q_a_layernorm, self.q_b_proj) if self.cfg.q_lora_rank else (self.q_proj,)
+        return [m.weight for m in (*low_rank, self.kv_a_proj_with_mqa, self.kv_b_proj, self.o_proj)]
+
     def query(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """q^N (B, T, H, N) and q^R (B, T, H, R), not rotated yet. The query is of low rank in inference too."""
         cfg = self.cfg
@@ -201,6 +208,8 @@ class MLA(nn.Module):
                 layer: int = 0, positions: Tensor | None = None, absorb: bool = False) -> Tensor:  # fmt: skip
         """(B, T, D) -> (B, T, D). ``rope`` from ``rope_table``; ``mask`` as in ``attend``; with a cache the new
         tokens are written to ``positions`` (B, T) of ``layer`` and all slots so far are attended."""
+        if absorb and cache is not None and attention_decode.applies(self, x_BTD):
+            return attention_decode.attend_one(self, x_BTD, rope, mask, cache, layer, positions)
         q_nope, q_rope = self.query(x_BTD)
         c, k_rope = self.latent(x_BTD)
         # The shared key is rotated with the queries, as one more head.

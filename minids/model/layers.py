@@ -37,6 +37,13 @@ class _RMSNorm(torch.autograd.Function):
         return g.addcmul_(normed, mean, value=-1).mul_(r).to(x.dtype), d_weight, None
 
 
+def normalise(x: Tensor, eps: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last dimension, in float32 and few operations; ``eps`` is a tensor of no
+    dimensions."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x * torch.addcmul(eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
+
+
 class RMSNorm(nn.Module):
     """Over the last dimension, computed in float32 at least, returned in x's dtype."""
 
@@ -44,10 +51,13 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
+        self.eps_tensor = torch.tensor(eps, dtype=torch.float32, device="cpu")
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.is_cpu:
             return _RMSNorm.apply(x, self.weight, self.eps)
+        if x.is_cpu and x.dtype == self.weight.dtype == torch.float32:
+            return normalise(x, self.eps_tensor).mul_(self.weight)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)  # one dtype: CUDA's fused kernel asks
 
 

@@ -31,11 +31,16 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight)
 
 
+def few_linear(x_ND: Tensor, weight_FD: Tensor) -> Tensor:
+    """x W^T, (N, F), in float32 inference on the CPU."""
+    return one_token(x_ND, weight_FD) if len(x_ND) == 1 else F.linear(x_ND, weight_FD)
+
+
 def one_token(x: Tensor, weight_FD: Tensor) -> Tensor:
     """x W^T for x of shape (1, ..., 1, D), as a batch of bands of rows where F divides into them."""
     f, d = weight_FD.shape
     if f % PARTS or weight_FD.dtype != x.dtype:
         return F.linear(x, weight_FD)
     bands_PfD = weight_FD.view(PARTS, f // PARTS, d)
-    x_PD1 = x.reshape(1, 1, d).expand(PARTS, 1, d).transpose(1, 2)
+    x_PD1 = x.contiguous().as_strided((PARTS, d, 1), (0, 1, d))  # the same column for each band
     return torch.bmm(bands_PfD, x_PD1).view(*x.shape[:-1], f)

@@ -1,0 +1,119 @@
+"""MLA for one new token a row, with the small matrices multiplied into their neighbours beforehand.
+
+Absorbed attention moves W_UK into the query and W_UV behind the sum, but still multiplies by them one after the other. For
+one token on a CPU each of these products is so small that the call costs more than the arithmetic. The matrices are fixed
+while a text is written, so they are *folded*, once a cache (g_q: the weight of the query's norm, scale: the softmax's):
+
+    [a ; c ; k^R] = [W_DQ ; W_DKV ; W_KR] x                            one product where three are written
+    q_h = scale [W_UK,h^T W_UQ,h ; W_QR,h] diag(g_q) RMSNorm(a)        H (C + R) numbers, in the latent space already
+    out = sum_h (W_O,h W_UV,h) (softmax(q_h . latent) c)               W_O and W_UV are one matrix
+
+It is a trade: folded matrices are larger, W_UK^T W_UQ has H C rows for H N. In V3 it would triple the bytes of the query
+(C = 512, N = 128), so `applies` folds only as long as the numbers read in addition cost less than the calls saved. In
+float32 on the CPU only: in half precision the folded weights would be rounded once more than the model's own.
+
+A fold belongs to a cache, whose latents were made with the same weights, and dies with it. Should a weight change before
+that, the fold is made anew: every step compares the weights with those that it was made from. (Writing to a parameter's
+``.data`` in place is hidden from such comparisons by torch; the next cache sees it.)
+
+Shapes: B rows, D hidden, H heads, N/R/V head dims without/with RoPE/of values, C latent, Q query rank, S cached tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from minids.model.layers import normalise
+from minids.model.linear import few_linear
+
+if TYPE_CHECKING:
+    from minids.model.attention import MLA, LatentCache
+
+EXTRA = 1 << 16  # numbers: what a core reads in about the time of the ten calls that a fold saves
+WIDE = 8  # rows from which the product wants the weight's transpose contiguous
+
+
+class Folded:
+    """One layer's folded weights, each (outputs, inputs): ``down`` (Q + C + R, D), ``query`` (H (C + R), Q) and ``out``
+    (D, H C). Without a low-rank query ``query`` is None and its rows are the first of ``down``."""
+
+    def __init__(self, mla: MLA, rows: int):
+        self.rows, self.scale, self.weights = rows, mla.scale, mla.projections()
+        self.versions = [weight._version for weight in self.weights]
+        self.storages = [weight.detach() for weight in self.weights]  # held, so that no new tensor takes their place
+        cfg, heads = mla.cfg, mla.cfg.num_attention_heads
+        w_uk, w_uv = mla.kv_b_proj.weight.unflatten(0, (heads, -1)).split([cfg.qk_nope_head_dim, cfg.v_head_dim], dim=1)
+        project = mla.q_b_proj if cfg.q_lora_rank else mla.q_proj
+        w_q, w_qr = project.weight.unflatten(0, (heads, -1)).split([cfg.qk_nope_head_dim, cfg.qk_rope_head_dim], dim=1)
+        query = torch.cat([w_uk.transpose(1, 2) @ w_q, w_qr], dim=1).flatten(0, 1) * mla.scale
+        first = query
+        self.query = None
+        if cfg.q_lora_rank:
+            first, self.query = mla.q_a_proj.weight, self.laid_out(query * mla.q_a_layernorm.weight)
+        self.down = self.laid_out(torch.cat([first, mla.kv_a_proj_with_mqa.weight]))
+        w_o = mla.o_proj.weight.unflatten(1, (heads, -1)).transpose(0, 1)  # (H, D, V)
+        self.out = self.laid_out((w_o @ w_uv).transpose(0, 1).flatten(1))
+        self.sizes = [len(first), cfg.kv_lora_rank, cfg.qk_rope_head_dim]
+
+    def laid_out(self, weight_FD: Tensor) -> Tensor:
+        return weight_FD.t().contiguous().t() if self.rows > WIDE else weight_FD.contiguous()
+
+    def fresh(self, mla: MLA, rows: int) -> bool:
+        """Whether it was made from what ``mla`` holds now, for as many rows."""
+        if rows != self.rows or mla.scale != self.scale:
+            return False
+        pairs = zip(mla.projections(), self.weights, self.storages, self.versions, strict=True)
+        return all(now is then and now._version == version and now.data_ptr() == storage.data_ptr()
+                   for now, then, storage, version in pairs)  # fmt: skip
+
+
+def applies(mla: MLA, x_BTD: Tensor) -> bool:
+    """Whether `attend_one` is the way: one token a row in float32 inference on the CPU, and matrices small enough."""
+    if x_BTD.shape[1] != 1 or torch.is_grad_enabled() or not x_BTD.is_cpu or x_BTD.dtype != torch.float32:
+        return False
+    weight = mla.kv_b_proj.weight
+    if weight.dtype != torch.float32 or weight.is_inference() or torch.is_autocast_enabled("cpu"):
+        return False  # weights made in inference mode do not tell when they change
+    return more_numbers(mla) <= EXTRA and mla.cfg.kv_lora_rank % 2 == 0  # even: see rotate_
+
+
+def more_numbers(mla: MLA) -> int:
+    """How many numbers a fold reads beyond those of the matrices that it replaces."""
+    cfg = mla.cfg
+    query = (cfg.kv_lora_rank - cfg.qk_nope_head_dim) * (cfg.q_lora_rank or cfg.hidden_size)
+    out = (cfg.kv_lora_rank - cfg.v_head_dim) * cfg.hidden_size
+    return cfg.num_attention_heads * (query + out) - mla.kv_b_proj.weight.numel()
+
+
+def folded(mla: MLA, cache: LatentCache, layer: int) -> Folded:
+    """The layer's fold, made at the cache's first decoding step."""
+    rows, fold = cache.data.shape[1], cache.folded.get(layer)
+    if fold is None or not fold.fresh(mla, rows):
+        fold = cache.folded[layer] = Folded(mla, rows)
+    return fold
+
+
+def rotate_(x_BhC: Tensor, first: int, table_BTj: Tensor) -> None:
+    """RoPE in place on the numbers from ``first`` (even) on of each head, x being contiguous and of one token a row."""
+    x_BhC.view(torch.complex64)[..., first // 2 :].mul_(table_BTj)
+
+
+def attend_one(mla: MLA, x_B1D: Tensor, rope: Tensor, mask: Tensor | None, cache: LatentCache, layer: int,
+               positions: Tensor | None) -> Tensor:  # fmt: skip
+    """What ``MLA.forward`` returns for one token a row over a cache: (B, 1, D)."""
+    fold, rank, heads, rows = folded(mla, cache, layer), mla.cfg.kv_lora_rank, mla.cfg.num_attention_heads, len(x_B1D)
+    q, c, k_rope = few_linear(x_B1D.view(rows, -1), fold.down).split(fold.sizes, dim=-1)
+    if fold.query is not None:
+        q = few_linear(normalise(q, mla.q_a_layernorm.eps_tensor), fold.query)
+    # The heads' queries and the one key and value that they share, side by side: all are rotated at once.
+    joint = torch.cat([q, mla.kv_a_layernorm(c), k_rope], dim=-1).view(rows, heads + 1, -1)
+    rotate_(joint, rank, rope)
+    latent = cache.write(layer, positions, joint[:, heads:])
+    scores = torch.bmm(joint[:, :heads], latent.transpose(1, 2))
+    if mask is not None:
+        scores.masked_fill_(~mask[:, 0], -torch.inf)
+    out = torch.bmm(scores.softmax(-1), latent[..., :rank])
+    return few_linear(out.view(rows, -1), fold.out).view_as(x_B1D)
