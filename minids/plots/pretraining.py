@@ -154,8 +154,9 @@ def seed_spread(curves: Sequence[Sequence[float]], groups: Mapping[str, Sequence
         x = np.arange(1, len(curves[i]) + 1)
         left.plot(x, smooth(curves[i], 0.93), color=colour, alpha=1 if name else 0.4, linewidth=1.8 if name else 0.8,
                   label=name, zorder=3 if name else 2)  # fmt: skip
-    left.set(xlabel=f"optimizer steps (the last ones {tokens_a_step} tokens each)", ylabel="training loss (nats a token)",
-             title=f"{len(curves)} runs, nothing differs but the seeds", xlim=(50, None), ylim=(3.95, 5.65))
+    left.set(xlabel=f"training (optimizer steps, the last ones of {tokens_a_step} tokens)",
+             ylabel="training loss (nats a token)", xlim=(50, None), ylim=(3.95, 5.65),
+             title=f"{len(curves)} runs, nothing differs but the seeds")  # fmt: skip
     left.legend()
     for row, ((_, values), colour) in enumerate(zip(groups.items(), (BLUE, ORANGE, PURPLE), strict=False)):
         _dots(right, values, -row, colour)
@@ -211,7 +212,7 @@ def spike_watch(calm: Sequence[dict], shaken: Sequence[dict], found: Sequence[in
     bottom.axhline(1, color=GREEN, linewidth=1, linestyle=":")
     bottom.text(calm[0]["step"], 1.08, "clipped above 1", color=GREEN, fontsize=8.5)
     top.set(ylabel="training loss (nats a token)")
-    bottom.set(xlabel="optimizer step", ylabel="gradient norm (nats)", yscale="log")
+    bottom.set(xlabel="training (optimizer steps)", ylabel="gradient norm (nats)", yscale="log")
     bottom.set_yticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10"])
     bottom.minorticks_off()
     top.legend(loc="upper left", bbox_to_anchor=(0.13, 1.0))

@@ -4,10 +4,10 @@ The update, for a weight w with gradient g (after clipping all gradients to a jo
 
     m = 0.9 m + 0.1 g        v = 0.95 v + 0.05 g^2        w = w - lr * (m_hat / (sqrt(v_hat) + 1e-8) + 0.1 w)
 
-Why masters: BF16 keeps 8 significant bits, so an update smaller than about w / 256 rounds back to w, and at the
-learning rates of the recipe nearly every update is. The optimizer therefore owns an FP32 copy of every weight, adds
-the gradients of all micro-batches in FP32, updates the copy, and rounds it into the model. In an FP32 model the weight
-is its own master and nothing is copied.
+Why masters: BF16 keeps 8 significant bits, so an update smaller than about w / 256 rounds back to w: a
+good part of them at the recipe's peak rate, nearly all at the rates it ends with. The optimizer therefore owns an FP32
+copy of every weight, adds the gradients of all micro-batches in FP32, updates the copy, and rounds it into the model.
+In an FP32 model the weight is its own master and nothing is copied.
 
 Why loss scaling: FP16 has no numbers below 6e-8, where many gradients live. The loss is multiplied by a power of two
 S before the backward pass and the gradients are divided by S in FP32 (exact, both ways). S is halved when a gradient
@@ -19,7 +19,7 @@ not the list; this is the common choice. The balancing bias is a buffer: no grad
 
 Simplifications: moments are FP32 (V3 keeps them in BF16); nothing is sharded.
 
-Source: DeepSeek-V3 Technical Report (arXiv 2412.19437), sections 3.3.2 and 4.2.
+Source: DeepSeek-V3 Technical Report (arXiv 2412.19437), sections 3.3.3 and 4.2.
 """
 
 from __future__ import annotations
