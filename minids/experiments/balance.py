@@ -227,7 +227,8 @@ def one_run(job: Job, settings: Settings, data: dict[str, np.ndarray], device: s
         loads = torch.stack([routing.received() for routing in out.routing])
         balancer.update(loads, recipe.gamma(step * tokens_a_step))
         losses.append(out.loss.detach())
-        violations.append(max_violation(loads).mean())
+        balanced = rows[:, 1:].numel() * model.cfg.num_experts_per_tok / model.cfg.n_routed_experts
+        violations.append(max_violation(loads, balanced).mean())
         if step >= settings.steps * 3 // 4:
             tail.add(out.routing)
     found = tail.read()

@@ -127,7 +127,10 @@ def move_bias(gates: Sequence[Gate], steps_LE: Tensor) -> None:
             gate.e_score_correction_bias += step_E.to(gate.e_score_correction_bias.device)
 
 
-def max_violation(load: Tensor) -> Tensor:
-    """MaxVio = max load / mean load - 1 over the last dimension; 0 is perfect balance. [2408.15664 section 4.1]"""
+def max_violation(load: Tensor, mean: Tensor | float | None = None) -> Tensor:
+    """MaxVio = max load / mean load - 1 over the last dimension; 0 is perfect balance. ``mean``: an expert's load under
+    perfect balance, K N / E; it differs from the mean of ``load``, the default, where choices were dropped, and then MaxVio
+    can be negative. [2408.15664 section 4.1]"""
     load = load.float()
-    return load.amax(-1) / load.mean(-1).clamp_min(1e-20) - 1
+    mean = load.mean(-1) if mean is None else torch.as_tensor(mean, device=load.device)
+    return load.amax(-1) / mean.clamp_min(1e-20) - 1

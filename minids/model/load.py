@@ -1,8 +1,9 @@
 """Load statistics: what the balance of a router looks like, as numbers.
 
     load_i          tokens that expert i received
-    MaxVio          max load / mean load - 1: how much longer the slowest expert works than the mean  [2408.15664 4.1]
-                    of a batch (what a step waits for), and globally, of all batches together (what the experts learn from)
+    MaxVio          max load / (K N / E) - 1: how much longer the slowest expert works than under balance  [2408.15664 4.1]
+                    of a batch (what a step waits for), and globally, of all batches together (what the experts learn from);
+                    negative when so much is dropped that no expert gets its share
     token entropy   - sum_i p_i ln p_i of a token's score shares p: how sure the router is, 0 to ln E
     load entropy    the same of load_i / sum load: how evenly experts are used, ln E when balanced
     dropped         choices that no expert served
@@ -62,7 +63,7 @@ class LoadMeter:
             "tokens": torch.full_like(load[0], len(routing.indices)),
             "asked": torch.full_like(load[0], asked),
             "received": load.sum(),
-            "max_violation": max_violation(load),
+            "max_violation": max_violation(load, asked / self.cfg.n_routed_experts),
             "token_entropy": entropy(shares).sum(),
             "nodes": nodes_per_token(routing.indices, self.cfg, routing.served).sum(),
         }
@@ -81,7 +82,7 @@ class LoadMeter:
         found = {
             "load": s["load"].long(),
             "max_violation_batch": s["max_violation"] / self.batches,
-            "max_violation_global": max_violation(s["load"]),
+            "max_violation_global": max_violation(s["load"], s["asked"] / self.cfg.n_routed_experts),
             "token_entropy": s["token_entropy"] / s["tokens"],
             "load_entropy": entropy(s["load"] / s["load"].sum(-1, keepdim=True).clamp_min(1)),
             "dropped": (s["asked"] - s["received"]).clamp_min(0).long(),

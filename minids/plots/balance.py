@@ -60,8 +60,8 @@ def pareto(result: dict) -> Figure:
         colour = COLOURS[number % len(COLOURS)]
         _points(ax, by(runs, "coefficient"), "maxvio_train", "valid_mean", label=name, color=colour,
                 marker=MARKERS[number % len(MARKERS)], linestyle=("-", "--", ":")[number // len(COLOURS) % 3])
-    ax.set_xscale("log")
-    ax.set_xlabel("MaxVio of a training batch, last quarter (log scale, 0 is balance)")
+    ax.set_xscale("symlog", linthresh=0.1)
+    ax.set_xlabel("MaxVio of a training batch (0 is balance; logarithmic above 0.1)")
     ax.set_ylabel("validation loss (nats a token)")
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
     return fig
@@ -87,7 +87,7 @@ def gamma_sweep(result: dict) -> Figure:
         ax.set_xscale("log")
         ax.set_xlabel("gamma (log scale)")
         ax.set_ylabel(label)
-    axes[1].set_yscale("log")
+    axes[1].set_yscale("symlog", linthresh=0.1)
     axes[0].legend()
     return fig
 
@@ -170,8 +170,8 @@ def balance_over_time(result: dict) -> Figure:
             steps = [(i + 1) * runs[0]["every"] for i in range(len(runs[0]["violations"]))]
             label = name if coefficient is None else f"{name}, {coefficient:g}"
             ax.plot(steps, np.mean([run["violations"] for run in runs], 0), color=colour, label=label)
-    ax.set_yscale("log")
+    ax.set_yscale("symlog", linthresh=0.1)
     ax.set_xlabel("step")
-    ax.set_ylabel("MaxVio of a training batch (log scale)")
+    ax.set_ylabel("MaxVio of a training batch")
     ax.legend()
     return fig

@@ -82,3 +82,4 @@ def test_bias_update_wants_a_row_for_each_router():
 def test_max_violation():
     assert max_violation(torch.tensor([4, 4, 4, 4])).item() == 0
     torch.testing.assert_close(max_violation(torch.tensor([[8, 0, 4, 4], [16, 0, 0, 0]])), torch.tensor([1.0, 3.0]))
+    torch.testing.assert_close(max_violation(torch.tensor([[4, 0, 2, 2]]), 8.0), torch.tensor([-0.5]))  # half was dropped
