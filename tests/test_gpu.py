@@ -24,7 +24,7 @@ def step(model, rows, ids):
     model.zero_grad()
     out = model(rows[:, :-1], labels=rows[:, 1:], document_ids=ids)
     (out.loss + 0.3 * out.mtp_loss).backward()
-    return out, {name: p.grad.float().cpu() for name, p in model.named_parameters()}
+    return out, {name: p.grad.float().cpu().clone() for name, p in model.named_parameters()}
 
 
 def test_fp32_step_equals_the_cpu(model):
