@@ -396,7 +396,7 @@ def draw(result: dict, out: Path) -> None:
     except ImportError as error:
         print(f"no figures: {error}; with matplotlib, the same command draws them from {out / 'balance.json'}")
         return
-    for name in ("pareto", "gamma_sweep", "specialisation", "node_limit", "balance_over_time"):
+    for name in ("pareto", "loss_by_kind", "gamma_sweep", "specialisation", "node_limit"):
         try:
             figure = getattr(plots, name)(result)
         except plots.NothingToDraw as missing:  # an unfinished experiment

@@ -1,6 +1,6 @@
 """Every figure of the package, one named function each, all in one style; a file for each part of the course."""
 
-from minids.plots.balance import balance_over_time, gamma_sweep, node_limit, pareto, specialisation
+from minids.plots.balance import balance_over_time, gamma_sweep, loss_by_kind, node_limit, pareto, specialisation
 from minids.plots.course_map import cache_bars, cost_bars, flop_shares, parameter_squares, system_map
 from minids.plots.mla import cheaper_form, decode_times, merged_rank, recall_by_cache, roofline, shared_heads
 from minids.plots.placement import gpu_load_bars, nodes_reached_bars
@@ -14,19 +14,24 @@ from minids.plots.pretraining import (
     training_run,
 )
 from minids.plots.rope import distance_profile, loss_by_position, needle_maps, rotation_dials, wavelength_chart
+from minids.plots.router import bias_at_work, collapse, counting_mistakes, routing_steps, strategy_loads, wire_times
 from minids.plots.training import loss_curve, smooth
 
 __all__ = [
     "balance_over_time",
+    "bias_at_work",
     "cache_bars",
     "cheaper_form",
+    "collapse",
     "cost_bars",
+    "counting_mistakes",
     "decode_times",
     "distance_profile",
     "flop_shares",
     "gamma_sweep",
     "gpu_load_bars",
     "gradient_ranges",
+    "loss_by_kind",
     "loss_by_position",
     "loss_curve",
     "merged_rank",
@@ -40,13 +45,16 @@ __all__ = [
     "recipe_phases",
     "roofline",
     "rotation_dials",
+    "routing_steps",
     "seed_effects",
     "seed_spread",
     "shared_heads",
     "smooth",
     "specialisation",
     "spike_watch",
+    "strategy_loads",
     "system_map",
     "training_run",
     "wavelength_chart",
+    "wire_times",
 ]

@@ -51,19 +51,58 @@ def _points(ax, groups: dict, x: str, y: str, **style) -> None:
     ax.errorbar(xs, ys, y_errors, x_errors, capsize=2, markersize=5, elinewidth=0.9, linewidth=1.0, **style)
 
 
+FORCE = ("noisy top-k", "importance + load", "capacity", "capacity, by score", "buffer", "expert choice")
+
+
+def against_none(runs: list[dict], result: dict, kind: str | None = None) -> list[dict]:
+    """The runs with ``gain``: validation loss (of one kind of text, if named) minus that of the run without balancing of
+    the same seed. Pairs share their first weights and the order of rows, so luck cancels out of the difference."""
+    def loss(run):
+        return run["valid"][kind] if kind else run["valid_mean"]
+
+    free = {run["seed"]: loss(run) for run in need(select(result, name="none"), "no balancing")}
+    return [run | {"gain": loss(run) - free[run["seed"]]} for run in runs if run["seed"] in free]
+
+
 @styled
 def pareto(result: dict) -> Figure:
-    """Validation loss against MaxVio in training: a line a strategy, a point a coefficient, bars the standard error over
-    seeds. Lower left is better."""
-    fig, ax = plt.subplots(figsize=(7.6, 4.6))
-    for number, (name, runs) in enumerate(by(need(select(result), "the sweep"), "name").items()):
-        colour = COLOURS[number % len(COLOURS)]
-        _points(ax, by(runs, "coefficient"), "maxvio_train", "valid_mean", label=name, color=colour,
-                marker=MARKERS[number % len(MARKERS)], linestyle=("-", "--", ":")[number // len(COLOURS) % 3])
-    ax.set_xscale("symlog", linthresh=0.1)
-    ax.set_xlabel("MaxVio of a training batch (0 is balance; logarithmic above 0.1)")
-    ax.set_ylabel("validation loss (nats a token)")
-    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    """Validation loss, less that of the same seed without balancing, against MaxVio in training: a line a strategy, a point
+    a coefficient, bars the standard error over seeds. Lower left is better. Left: biases and losses; right: noise and
+    force, whose balance exists in training only."""
+    fig, axes = plt.subplots(1, 2, figsize=(9.6, 4.8), sharey=True)
+    groups = by(against_none(need(select(result), "the sweep"), result), "name")
+    for ax, forced in zip(axes, (False, True), strict=True):
+        names = [name for name in groups if (name in FORCE) is forced or name == "none"]
+        for number, name in enumerate(names):
+            style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "label": name}
+            style["linestyle"] = ("-", "--", ":")[number // len(COLOURS) % 3]
+            _points(ax, by(groups[name], "coefficient"), "maxvio_train", "gain", **style)
+        ax.axhline(0, color=GREY, linewidth=0.8)
+        ax.set_xscale("symlog", linthresh=0.1)
+        ax.set_xlabel("MaxVio of a training batch (logarithmic above 0.1)")
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=8)
+    axes[0].set_ylabel("validation loss, less that without balancing\n(nats a token)")
+    return fig
+
+
+@styled
+def loss_by_kind(result: dict) -> Figure:
+    """V3's Table 5 in miniature: at about equal balance, the loss of auxiliary losses and of the bias on each kind of text,
+    less that of the same seed without balancing; bars the standard error over seeds."""
+    chosen = need(_specialised(result), "the bias")
+    kinds = list(chosen[0][1][0]["valid"])
+    fig, ax = plt.subplots()
+    for number, (name, runs) in enumerate(chosen):
+        points = [mean_and_error(against_none(runs, result, kind), "gain") for kind in kinds]
+        means, errors = zip(*points, strict=True)
+        label = f"{name}, {runs[0]['coefficient']:g}: MaxVio {mean_and_error(runs, 'maxvio_train')[0]:.2f}"
+        places = np.arange(len(kinds)) + 0.26 * (number - 1)
+        ax.bar(places, means, 0.24, yerr=errors, capsize=3, color=COLOURS[number], label=label)
+    ax.axhline(0, color=GREY, linewidth=0.8)
+    ax.set_xticks(range(len(kinds)), kinds)
+    ax.set_xlabel("kind of text")
+    ax.set_ylabel("loss, less that without balancing\n(nats a token)")
+    ax.legend()
     return fig
 
 

@@ -138,10 +138,13 @@ def test_figures_of_the_committed_kind_of_data(data):
             ("batch-wise", 0.1, ("batch:alpha=0.1",), 0.0, 4, "sweep"), ("bias", 3e-3, ("bias",), 3e-3, 2, "nodes"),
         ]:  # fmt: skip
             runs.append(one_run(Job(group, name, coefficient, texts, gamma, limit, seed), TINY, data, "cpu"))
-    for name in ("pareto", "gamma_sweep", "specialisation", "node_limit", "balance_over_time"):
+    for name in ("pareto", "loss_by_kind", "gamma_sweep", "specialisation", "node_limit", "balance_over_time"):
         figure = getattr(plots, name)({"runs": runs})
         axes = [ax for ax in figure.axes if ax.has_data() or ax.images]
         assert axes and all(ax.get_xlabel() or ax.get_ylabel() or ax.images for ax in axes)
+    gains = plots.against_none(runs, {"runs": runs}, "code")
+    assert [run["gain"] for run in gains if run["name"] == "none"] == [0, 0]
+    assert gains[-1]["gain"] == runs[-1]["valid"]["code"] - runs[6]["valid"]["code"]  # of its own seed
     mean, error = plots.mean_and_error(runs[:1] + runs[6:7], "valid_mean")
     both = [runs[0]["valid_mean"], runs[6]["valid_mean"]]
     assert mean == pytest.approx(sum(both) / 2) and error == pytest.approx(abs(both[0] - both[1]) / 2)
