@@ -15,6 +15,8 @@ Shapes: B batch, T query tokens, S cached tokens, D hidden, H heads, N/R/V head 
 C latent, Q query rank.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,7 +44,9 @@ class LatentCache:
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.filled = 0
         self.ragged = False  # rows of different lengths
-        self.folded: dict[int, attention_decode.Folded] = {}  # each layer's weights as decoding wants them
+        # Each layer's weights as decoding wants them; attention_decode.py and moe_decode.py say how.
+        self.folded: dict[int, attention_decode.Folded] = {}
+        self.turned: dict[int, Any] = {}
 
     def place(self, length: int) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """Where the next ``length`` tokens of each row go, how they are rotated and what they see: positions (B, T)

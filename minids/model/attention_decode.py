@@ -13,8 +13,7 @@ It is a trade: folded matrices are larger, W_UK^T W_UQ has H C rows for H N. In 
 float32 on the CPU only: in half precision the folded weights would be rounded once more than the model's own.
 
 A fold belongs to a cache, whose latents were made with the same weights, and dies with it. Should a weight change before
-that, the fold is made anew: every step compares the weights with those that it was made from. (Writing to a parameter's
-``.data`` in place is hidden from such comparisons by torch; the next cache sees it.)
+that, the fold is made anew: every step asks (watch.py).
 
 Shapes: B rows, D hidden, H heads, N/R/V head dims without/with RoPE/of values, C latent, Q query rank, S cached tokens.
 """
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from minids.model.layers import normalise
 from minids.model.linear import few_linear
+from minids.model.watch import Watch
 
 if TYPE_CHECKING:
     from minids.model.attention import MLA, LatentCache
@@ -41,9 +41,7 @@ class Folded:
     (D, H C). Without a low-rank query ``query`` is None and its rows are the first of ``down``."""
 
     def __init__(self, mla: MLA, rows: int):
-        self.rows, self.scale, self.weights = rows, mla.scale, mla.projections()
-        self.versions = [weight._version for weight in self.weights]
-        self.storages = [weight.detach() for weight in self.weights]  # held, so that no new tensor takes their place
+        self.rows, self.scale, self.watch = rows, mla.scale, Watch(mla.projections())
         cfg, heads = mla.cfg, mla.cfg.num_attention_heads
         w_uk, w_uv = mla.kv_b_proj.weight.unflatten(0, (heads, -1)).split([cfg.qk_nope_head_dim, cfg.v_head_dim], dim=1)
         project = mla.q_b_proj if cfg.q_lora_rank else mla.q_proj
@@ -63,11 +61,7 @@ class Folded:
 
     def fresh(self, mla: MLA, rows: int) -> bool:
         """Whether it was made from what ``mla`` holds now, for as many rows."""
-        if rows != self.rows or mla.scale != self.scale:
-            return False
-        pairs = zip(mla.projections(), self.weights, self.storages, self.versions, strict=True)
-        return all(now is then and now._version == version and now.data_ptr() == storage.data_ptr()
-                   for now, then, storage, version in pairs)  # fmt: skip
+        return rows == self.rows and mla.scale == self.scale and self.watch.unchanged(mla.projections())
 
 
 def applies(mla: MLA, x_BTD: Tensor) -> bool:

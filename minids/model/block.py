@@ -49,5 +49,5 @@ class Block(nn.Module):
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), context.rope, context.mask, context.cache,
                                        self.index, context.positions, context.absorb)  # fmt: skip
         normed = self.post_attention_layernorm(x_BTD)
-        out, routing = self.mlp(normed) if self.is_moe else (self.mlp(normed), None)
+        out, routing = self.mlp(normed, context.cache, self.index) if self.is_moe else (self.mlp(normed), None)
         return x_BTD + out, routing

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from minids.config import ModelConfig
 from minids.model import moe_decode
+from minids.model.attention import LatentCache
 from minids.model.layers import MLP, swiglu
 from minids.model.router import Gate, Routing
 
@@ -109,13 +110,16 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(e, 2 * f, d))
         self.down_proj = nn.Parameter(torch.empty(e, d, f))
 
-    def forward(self, x_ND: Tensor, routing: Routing) -> Tensor:
-        """sum_k g_k Expert_k(x), (N, D)."""
+    def forward(self, x_ND: Tensor, routing: Routing, cache: LatentCache | None = None, layer: int = 0) -> Tensor:
+        """sum_k g_k Expert_k(x), (N, D). With a cache, weights may be kept in it as decoding layer ``layer`` wants them."""
         gate_up_EFD, down_EDF, weights = self.gate_up_proj, self.down_proj, routing.weights.flatten()
         if torch.is_autocast_enabled(x_ND.device.type):
             dtype = torch.get_autocast_dtype(x_ND.device.type)
             x_ND, gate_up_EFD, down_EDF = x_ND.to(dtype), gate_up_EFD.to(dtype), down_EDF.to(dtype)
         if moe_decode.applies(x_ND, routing, len(gate_up_EFD)):
+            turned = moe_decode.turned(gate_up_EFD, down_EDF, cache, layer)
+            if turned is not None:
+                return moe_decode.bags(x_ND, routing, turned)
             return moe_decode.few_tokens(x_ND, routing, gate_up_EFD, down_EDF)
         plan = plan_dispatch(routing, gemm_multiple(x_ND))
         if len(plan.token_M) > len(weights):
@@ -137,8 +141,8 @@ class MoE(nn.Module):
         width = cfg.moe_intermediate_size * cfg.n_shared_experts
         self.shared_experts = MLP(cfg.hidden_size, width) if width else None
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing]:
+    def forward(self, x_BTD: Tensor, cache: LatentCache | None = None, layer: int = 0) -> tuple[Tensor, Routing]:
         x_ND = x_BTD.flatten(0, -2)
         routing = self.gate(x_ND)
-        out = self.experts(x_ND, routing).view_as(x_BTD)
+        out = self.experts(x_ND, routing, cache, layer).view_as(x_BTD)
         return (out if self.shared_experts is None else out + self.shared_experts(x_BTD)), routing

@@ -9,8 +9,16 @@ cost nothing, and each chosen expert is read once, in products written as W x^T 
 rows; both read weights from memory at less than half the speed. A single token, which needs no sorting, takes the band
 products of linear.py instead.
 
+For a longer text or batch, the experts of a small model are also *turned*: their transposes are stored, once a cache, and
+the product becomes a sum of rows with weights, y = sum_d x_d W^T[d], which is what an embedding bag computes. One call
+then multiplies all the chosen experts of all tokens, and W_down's sums over F and over K are one sum.
+
 Shapes: N tokens, K chosen, M slots (N * K, and the doubles), E experts, D hidden, F expert width.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +26,14 @@ from torch import Tensor
 
 from minids.model.linear import PARTS
 from minids.model.router import Routing
+from minids.model.watch import Watch
+
+if TYPE_CHECKING:
+    from minids.model.attention import LatentCache
 
 FEW = 4  # tokens an expert, on average; with more of them the grouped GEMM is as good
+PAYS = 512  # tokens to come, in all rows, from which turning the experts saves more time than it takes
+LARGE = 1 << 22  # numbers of a layer's gate and up projections from which the memory for a second copy is not spent
 
 
 def applies(x_ND: Tensor, routing: Routing, n_experts: int) -> bool:
@@ -39,6 +53,44 @@ def few_tokens(x_ND: Tensor, routing: Routing, gate_up_EFD: Tensor, down_EDF: Te
     y_MD = blocks_linear(h_MF, down_EDF, experts, sizes).t().contiguous()
     weights_NK = routing.weights.to(y_MD.dtype)
     return F.embedding_bag(torch.tensor(slot_NK), y_MD, mode="sum", per_sample_weights=weights_NK)
+
+
+class Turned:
+    """A layer's experts transposed: ``gate_up`` (E * D, 2F) and ``down`` (E * F, D), row d (f) of expert e at e D + d."""
+
+    def __init__(self, gate_up_EFD: Tensor, down_EDF: Tensor):
+        self.watch = Watch([gate_up_EFD, down_EDF])
+        self.gate_up, self.down = (w.transpose(1, 2).contiguous().flatten(0, 1) for w in (gate_up_EFD, down_EDF))
+        self.inputs_D, self.inputs_F = torch.arange(gate_up_EFD.shape[2]), torch.arange(down_EDF.shape[2])
+
+
+def turned(gate_up_EFD: Tensor, down_EDF: Tensor, cache: LatentCache | None, layer: int) -> Turned | None:
+    """The layer's turned experts where they serve: float32 inference on the CPU, a small layer, and a cache that has them
+    or has room for PAYS tokens more."""
+    if cache is None or torch.is_grad_enabled() or not gate_up_EFD.is_cpu or gate_up_EFD.dtype != torch.float32:
+        return None
+    if gate_up_EFD.numel() > LARGE or gate_up_EFD.is_inference() or torch.is_autocast_enabled("cpu"):
+        return None
+    found = cache.turned.get(layer)
+    if found is not None and found.watch.unchanged([gate_up_EFD, down_EDF]):
+        return found
+    to_come = cache.data.shape[1] * (cache.data.shape[2] - cache.filled)
+    if found is None and to_come < PAYS:
+        return None
+    cache.turned[layer] = Turned(gate_up_EFD, down_EDF)
+    return cache.turned[layer]
+
+
+def bags(x_ND: Tensor, routing: Routing, experts: Turned) -> Tensor:
+    """`few_tokens` over turned experts."""
+    (n, k), d, f = routing.indices.shape, len(experts.inputs_D), len(experts.inputs_F)
+    expert_NK1 = routing.indices.unsqueeze(-1)
+    rows_MD = torch.add(experts.inputs_D, expert_NK1, alpha=d).view(n * k, d)
+    x_MD = x_ND.unsqueeze(1).expand(n, k, d).reshape(n * k, d)
+    gate_MF, up_MF = F.embedding_bag(rows_MD, experts.gate_up, mode="sum", per_sample_weights=x_MD).split(f, dim=1)
+    h_MF = F.silu(gate_MF).mul_(up_MF).mul_(routing.weights.view(n * k, 1))
+    rows_NKF = torch.add(experts.inputs_F, expert_NK1, alpha=f).view(n, k * f)
+    return F.embedding_bag(rows_NKF, experts.down, mode="sum", per_sample_weights=h_MF.view(n, k * f))
 
 
 def one_token(x_1D: Tensor, routing: Routing, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
