@@ -49,7 +49,7 @@ from minids.train.optim import OptimConfig, Optimizer
 from minids.train.recipe import Recipe
 
 LENGTH, VOCAB = 128, 2048
-GAMMA = 3e-3  # of runs that do not sweep it: V3's 0.001 would need more steps than these runs have
+GAMMA = 1e-3  # V3's, of runs that do not sweep it
 # name -> [(coefficient, strategies, gamma)]: None where there is nothing to sweep
 SWEEP: dict[str, list[tuple[float | None, tuple[str, ...], float]]] = {
     "none": [(None, (), 0.0)],
@@ -244,6 +244,7 @@ def one_run(job: Job, settings: Settings, data: dict[str, np.ndarray], device: s
         "losses": torch.stack(losses).tolist()[every - 1 :: every],
         "violations": torch.stack(violations).tolist()[every - 1 :: every], "every": every,
         "seconds": time.perf_counter() - started,
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
     }  # fmt: skip
 
 
@@ -382,7 +383,10 @@ def table(runs: list[dict]) -> str:
     for (_, name, coefficient, limit), found in groups.items():
         cells = [name, "-" if coefficient is None else f"{coefficient:g}", f"{limit} of 4"]
         for field in ("valid_mean", "valid_as_trained", "maxvio_train", "maxvio_global", "dropped_share"):
-            values = [line[field] for line in found]
+            values = [line[field] for line in found if line[field] is not None]
+            if not values:
+                cells.append("-")
+                continue
             spread = f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.3f}{spread}")
         lines.append("| " + " | ".join(cells) + " |")

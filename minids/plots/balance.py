@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from minids.plots.style import BLUE, COLOURS, GREEN, GREY, ORANGE, styled
 
 MARKERS = "osD^vP*X<>hd"
-GAMMA = 3e-3  # where one speed of the bias stands for it; the experiment's
+GAMMA = 3e-3  # where one speed of the bias stands for it: the one that balances best in so few steps
 
 
 class NothingToDraw(ValueError):
@@ -46,7 +46,11 @@ def mean_and_error(runs: list[dict], field: str) -> tuple[float, float]:
 
 
 def _points(ax, groups: dict, x: str, y: str, **style) -> None:
-    points = [(*mean_and_error(runs, x), *mean_and_error(runs, y)) for runs in groups.values()]
+    """A line with error bars; settings whose runs lack a figure (None) are left out."""
+    whole = [runs for runs in groups.values() if all(run[x] is not None and run[y] is not None for run in runs)]
+    if not whole:
+        return
+    points = [(*mean_and_error(runs, x), *mean_and_error(runs, y)) for runs in whole]
     xs, x_errors, ys, y_errors = map(list, zip(*points, strict=True))
     ax.errorbar(xs, ys, y_errors, x_errors, capsize=2, markersize=5, elinewidth=0.9, linewidth=1.0, **style)
 
@@ -181,8 +185,8 @@ def specialisation(result: dict) -> Figure:
 @styled
 def node_limit(result: dict) -> Figure:
     """What the limit of groups a token costs: validation loss, and groups that a token reaches, under the bias."""
-    free = [run for run in select(result, name="bias") if run["coefficient"] == GAMMA]
-    runs = [*need(select(result, "nodes"), "the limit of groups"), *free]
+    limited = need(select(result, "nodes"), "the limit of groups")
+    runs = [*limited, *(run for run in select(result, name="bias") if run["coefficient"] == limited[0]["gamma"])]
     groups = by(sorted(runs, key=lambda run: run["topk_group"]), "topk_group")
     fig, axes = plt.subplots(1, 2, figsize=(7.6, 3.2))
     for ax, field, label, colour in zip(axes, ("valid_mean", "nodes_per_token"),

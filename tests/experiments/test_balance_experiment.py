@@ -151,7 +151,8 @@ def test_figures_of_the_committed_kind_of_data(data):
 
 
 def test_the_figures_know_the_experiments_gamma():
-    assert plots.GAMMA == balance.GAMMA and plots.GAMMA in [c for c, *_ in balance.SWEEP["bias"]]
+    speeds = [c for c, *_ in balance.SWEEP["bias"]]
+    assert balance.GAMMA in speeds and plots.GAMMA in speeds
 
 
 def test_specialisation_index():
