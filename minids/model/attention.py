@@ -142,7 +142,8 @@ def attend(q_BHTn: Tensor, k_BHSn: Tensor, v_BHSv: Tensor, mask: Tensor | None, 
         return _BlockAttention.apply(*flat, scale, causal).unflatten(0, (b, h))
     if q_BHTn.is_cpu:
         v_BHSv = F.pad(v_BHSv, (0, q_BHTn.shape[-1] - width))
-    out = F.scaled_dot_product_attention(q_BHTn, k_BHSn, v_BHSv, mask if not causal else None, is_causal=causal, scale=scale)
+    mask = None if causal else mask
+    out = F.scaled_dot_product_attention(q_BHTn, k_BHSn, v_BHSv, mask, is_causal=causal, scale=scale)
     return out[..., :width]
 
 

@@ -310,7 +310,8 @@ def train(config: TrainConfig) -> dict:
                "tokens_per_second": progress.tokens / progress.seconds, "sample": sample}
     if sample:
         print(f"\n{sample}")
-    print(f"loss {progress.loss:.4f}, validation {progress.valid_loss:.4f} after {progress.step} steps, "
+    valid = "" if math.isnan(progress.valid_loss) else f", validation {progress.valid_loss:.4f}"
+    print(f"loss {progress.loss:.4f}{valid} after {progress.step} steps, "
           f"{progress.tokens:,} tokens, {progress.seconds:.0f} s of training, {progress.skipped} steps skipped\n"
           f"checkpoint  {folder}\nmetrics     {out / 'metrics.jsonl'}\nloss curve  {out / 'loss.png'}"
           + (f"\nsample      {out / 'sample.txt'}" if sample else "")
