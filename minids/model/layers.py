@@ -62,28 +62,35 @@ class RMSNorm(nn.Module):
 
 
 class _SwiGLU(torch.autograd.Function):
-    """h = silu(gate) up w, where w is one factor a row or None."""
+    """h = silu(gate) up w, where w is one factor a row or None. ``up`` None: ``gate`` holds both, gate in its first half."""
 
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor, row_weight: Tensor | None) -> Tensor:
+    def forward(ctx, gate: Tensor, up: Tensor | None, row_weight: Tensor | None) -> Tensor:
         if ctx is not None:
             ctx.save_for_backward(gate, up, row_weight)
+        gate, up = gate.chunk(2, dim=-1) if up is None else (gate, up)
         h = F.silu(gate).mul_(up)
         return h if row_weight is None else h.mul_(row_weight)
 
     @staticmethod
     def backward(ctx, dh: Tensor):
-        gate, up, row_weight = ctx.saved_tensors
+        both, up, row_weight = ctx.saved_tensors
+        joined = up is None
+        gate, up = both.chunk(2, dim=-1) if joined else (both, up)
+        d_both = torch.empty_like(both) if joined else None
+        d_gate, d_up = d_both.chunk(2, dim=-1) if joined else (torch.empty_like(gate), torch.empty_like(up))
         silu, d_weight = F.silu(gate), None
         if row_weight is not None:
-            d_weight = (silu * up * dh).sum(-1, keepdim=True)
+            d_weight = (silu * up).mul_(dh).sum(-1, keepdim=True)
             dh = dh * row_weight
-        d_gate = torch.ops.aten.silu_backward(dh * up, gate)
-        return d_gate, silu.mul_(dh), d_weight
+        torch.mul(silu, dh, out=d_up)
+        torch.ops.aten.silu_backward.grad_input(torch.mul(dh, up, out=silu), gate, grad_input=d_gate)  # silu's memory is free
+        return (d_both, None, d_weight) if joined else (d_gate, d_up, d_weight)
 
 
-def swiglu(gate: Tensor, up: Tensor, row_weight: Tensor | None = None) -> Tensor:
-    """silu(gate) * up, each row times ``row_weight`` (rows, 1) where given; all in one dtype, shapes (rows, F)."""
+def swiglu(gate: Tensor, up: Tensor | None = None, row_weight: Tensor | None = None) -> Tensor:
+    """silu(gate) * up, each row times ``row_weight`` (rows, 1) where given; all in one dtype, shapes (rows, F). Without
+    ``up``, ``gate`` is (rows, 2F): gate, then up, as the experts' first product gives them."""
     if torch.is_grad_enabled():
         return _SwiGLU.apply(gate, up, row_weight)
     return _SwiGLU.forward(None, gate, up, row_weight)

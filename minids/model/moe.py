@@ -126,8 +126,7 @@ class Experts(nn.Module):
             weights = torch.cat([weights, weights.new_zeros(1)])  # the gate value of filling slots
         # It scales the narrow hidden row, down(g h) = g down(h): F numbers instead of D. As published, in x's dtype.
         weight_M1 = weights.index_select(0, plan.choice_M).to(x_ND.dtype).unsqueeze(-1)
-        gate_MF, up_MF = grouped_linear(_Dispatch.apply(x_ND, plan), gate_up_EFD, plan.ends_E).chunk(2, dim=-1)
-        h_MF = swiglu(gate_MF, up_MF, weight_M1)
+        h_MF = swiglu(grouped_linear(_Dispatch.apply(x_ND, plan), gate_up_EFD, plan.ends_E), row_weight=weight_M1)
         return _Combine.apply(grouped_linear(h_MF, down_EDF, plan.ends_E), plan)
 
 

@@ -41,6 +41,9 @@ def test_swiglu():
 
     same_with_gradients(swiglu(gate, up, weight), plain() * weight, (gate, up, weight))
     same_with_gradients(swiglu(gate, up), plain(), (gate, up))
+    both = torch.cat([gate, up], -1).detach().requires_grad_()
+    halves = both.chunk(2, -1)
+    same_with_gradients(swiglu(both, row_weight=weight), F.silu(halves[0]) * halves[1] * weight, (both, weight))
 
 
 @settings(max_examples=30)
