@@ -62,7 +62,7 @@ class RMSNorm(nn.Module):
 
 
 class _SwiGLU(torch.autograd.Function):
-    """h = silu(gate) up w, where w is one factor a row or None. ``up`` None: ``gate`` holds both, gate in its first half."""
+    """h = silu(gate) up w, where w is one factor a row or None. ``up`` None: ``gate`` holds both, itself first."""
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor | None, row_weight: Tensor | None) -> Tensor:
@@ -84,7 +84,8 @@ class _SwiGLU(torch.autograd.Function):
             d_weight = (silu * up).mul_(dh).sum(-1, keepdim=True)
             dh = dh * row_weight
         torch.mul(silu, dh, out=d_up)
-        torch.ops.aten.silu_backward.grad_input(torch.mul(dh, up, out=silu), gate, grad_input=d_gate)  # silu's memory is free
+        d_silu = torch.mul(dh, up, out=silu)  # silu's memory is free again
+        torch.ops.aten.silu_backward.grad_input(d_silu, gate, grad_input=d_gate)
         return (d_both, None, d_weight) if joined else (d_gate, d_up, d_weight)
 
 
