@@ -100,13 +100,14 @@ def collapse(violations: Mapping[str, Sequence[float]], loads: Mapping[str, Sequ
 
 @styled
 def strategy_loads(before: Sequence[float], after: Mapping[str, Sequence[float]], columns: int = 4) -> Figure:
-    """Load of every expert over the mean load, before (grey) and after each strategy worked alone on the same router."""
+    """Load of every expert over that of perfect balance, before (grey) and after each strategy worked alone on the same
+    router; all loads are of equally many tokens."""
     rows = -(-len(after) // columns)
     fig, axes = plt.subplots(rows, columns, figsize=(10.2, 1.55 * rows + 0.5), sharex=True, sharey=True)
     order = np.argsort(before)[::-1]
 
     def relative(load: Sequence[float]) -> np.ndarray:
-        return np.asarray(load, float)[order] / np.mean(load)
+        return np.asarray(load, float)[order] / np.mean(before)  # of the same tokens: what is dropped is missing
 
     expert = np.arange(1, len(before) + 1)
     top = 1.12 * max(relative(load).max() for load in (before, *after.values()))
@@ -123,7 +124,7 @@ def strategy_loads(before: Sequence[float], after: Mapping[str, Sequence[float]]
         ax.axis("off")
     axes.flat[-1].legend(handles=[Patch(color=PALE, label="before"), Patch(color=BLUE, label="after")], loc="center")
     fig.supxlabel("expert, heaviest before first (rank)", fontsize=10)
-    fig.supylabel("load / mean load (ratio)", fontsize=10)
+    fig.supylabel("load / load of perfect balance (ratio)", fontsize=10)
     return fig
 
 
