@@ -91,6 +91,8 @@ class BalanceConfig:
     """cpu, cuda or cuda:N, shared by all workers."""
     quick: bool = False
     """A few short runs of a smaller model, to see that everything works."""
+    only: str = ""
+    """Names of strategies of the sweep, separated by semicolons, to run these alone; empty: all."""
     minutes: float = 0.0
     """Stop after so many minutes with the runs that are finished; 0: never."""
     draw_only: bool = False
@@ -100,6 +102,9 @@ class BalanceConfig:
         for name in ("seeds", "steps", "rows", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: must be at least 1")
+        unknown = {name.strip() for name in self.only.split(";") if name.strip()} - set(SWEEP)
+        if unknown:
+            raise ValueError(f"only = {self.only!r}: {', '.join(sorted(unknown))} unknown, allowed are {'; '.join(SWEEP)}")
         if not self.minutes >= 0:
             raise ValueError(f"minutes = {self.minutes!r}: must be at least 0")
         kind = torch.device(self.device)
@@ -160,7 +165,8 @@ def jobs_of(config: BalanceConfig) -> list[Job]:
                 found.append(Job("sweep", name, c, texts, gamma, 4, seed))
         limits = (2,) if config.quick else (1, 2, 3)
         found += [Job("nodes", "bias", GAMMA, ("bias",), GAMMA, limit, seed) for limit in limits]
-    return found
+    wanted = {name.strip() for name in config.only.split(";") if name.strip()}
+    return [job for job in found if not wanted or (job.group == "sweep" and job.name in wanted)]
 
 
 # ---- one run ----------------------------------------------------------------------------------------------------------
@@ -326,6 +332,7 @@ def describe(config: BalanceConfig) -> dict:
     """How the data came about: command, versions, device."""
     device = torch.cuda.get_device_name() if torch.device(config.device).type == "cuda" else f"CPU, {platform.machine()}"
     flags = ["--quick"] if config.quick else [f"--seeds {config.seeds} --steps {config.steps} --rows {config.rows}"]
+    flags += [f"--only '{config.only}'"] if config.only else []
     command = " ".join(["python -m minids experiment balance", *flags, f"--device {torch.device(config.device).type}"])
     return {"command": command, "python": platform.python_version(), "torch": torch.__version__, "device": device}
 

@@ -175,3 +175,11 @@ def test_device_is_checked():
     else:
         with pytest.raises(ValueError, match="device = 'cuda'"):
             BalanceConfig(device="cuda")
+
+
+def test_only_some_strategies():
+    jobs = balance.jobs_of(balance.BalanceConfig(only="none; capacity, by score", seeds=2))
+    assert [(job.name, job.seed) for job in jobs] == [
+        ("none", 0), ("capacity, by score", 0), ("none", 1), ("capacity, by score", 1)]
+    with pytest.raises(ValueError, match="only = 'nothing': nothing unknown, allowed are none; bias"):
+        balance.BalanceConfig(only="nothing")
