@@ -63,13 +63,17 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def interleaved(
-    candidates: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1, matmul_dtype: torch.dtype | None = None
+    candidates: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1, matmul_dtype: torch.dtype | None = None,
+    settle: int = 0,
 ) -> dict[str, list[float]]:
     """Time the candidates against each other: name -> seconds of each round. Garbage is collected between, never
     inside, calls.
 
     With `matmul_dtype`, each round also measures the matmul rate, under the name "matmul" (seconds a FLOP, see
     `matmul_seconds`).
+
+    settle: untimed calls of a candidate before each timed one, so that it is measured as it runs alone, step after step,
+    and not with the caches that another program has just filled (oneDNN's 1,024 compiled products among them).
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
@@ -82,6 +86,8 @@ def interleaved(
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
+            for _ in range(settle):
+                candidates[name]()
             times[name].append(quiet(lambda name=name: seconds(candidates[name])))
         if matmul_dtype is not None:
             times["matmul"].append(quiet(lambda: matmul_seconds(matmul_dtype)))

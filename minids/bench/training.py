@@ -95,7 +95,7 @@ def run(rounds: int) -> Report:
         candidates = {"minids": over(batches, functools.partial(ours, model))}
         for kind, twin in twins.items():
             candidates[f"transformers {kind}"] = over(batches, functools.partial(theirs, twin))
-        times = interleaved(candidates, rounds, matmul_dtype=dtype)
+        times = interleaved(candidates, rounds, matmul_dtype=dtype, settle=1)
         add_rows(report, str(dtype).removeprefix("torch."), times, step_flops(model.cfg), target, difference)
     report.notes.append("x peer: against transformers with grouped_mm experts, the median of the ratios within a round.")
     return report
