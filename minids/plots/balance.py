@@ -83,6 +83,8 @@ def pareto(result: dict) -> Figure:
             _points(ax, by(groups[name], "coefficient"), "maxvio_train", "gain", **style)
         ax.axhline(0, color=GREY, linewidth=0.8)
         ax.set_xscale("symlog", linthresh=0.1)
+        ax.set_xlim(right=10)
+        ax.set_xticks([0, 0.1, 1, 10], ["0", "0.1", "1", "10"])
         ax.set_xlabel("MaxVio of a training batch (logarithmic above 0.1)")
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=8)
     axes[0].set_ylabel("validation loss, less that without balancing\n(nats a token)")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from minids.experiments import balance
+from minids.experiments import balance, plan
 from minids.experiments.balance import BalanceConfig, Job, Settings, jobs_of, model_config, one_run, read_lines, settings_of
 from minids.experiments.domains import KINDS
 from minids.model.balancer import STRATEGIES, parse_all
@@ -151,8 +151,8 @@ def test_figures_of_the_committed_kind_of_data(data):
 
 
 def test_the_figures_know_the_experiments_gamma():
-    speeds = [c for c, *_ in balance.SWEEP["bias"]]
-    assert balance.GAMMA in speeds and plots.GAMMA in speeds
+    speeds = [c for c, *_ in plan.SWEEP["bias"]]
+    assert plan.GAMMA in speeds and plots.GAMMA in speeds
 
 
 def test_specialisation_index():
