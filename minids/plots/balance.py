@@ -69,14 +69,19 @@ def against_none(runs: list[dict], result: dict, kind: str | None = None) -> lis
 
 
 @styled
-def pareto(result: dict) -> Figure:
+def pareto(result: dict, shorter: dict | None = None) -> Figure:
     """Validation loss, less that of the same seed without balancing, against MaxVio in training: a line a strategy, a point
     a coefficient, bars the standard error over seeds. Lower left is better. Left: biases and losses; right: noise and
-    force, whose balance exists in training only."""
+    force, whose balance exists in training only. ``shorter``: a second experiment, of shorter runs, whose strategies are
+    drawn beside, each against its own runs without balancing."""
     fig, axes = plt.subplots(1, 2, figsize=(9.6, 4.8), sharey=True)
     groups = by(against_none(need(select(result), "the sweep"), result), "name")
+    groups = {name: runs for name, runs in groups.items() if any(run["maxvio_train"] is not None for run in runs)}
+    for name, runs in by(against_none(select(shorter), shorter), "name").items() if shorter else ():
+        if name != "none":
+            groups[f"{name} (shorter runs)"] = runs
     for ax, forced in zip(axes, (False, True), strict=True):
-        names = [name for name in groups if (name in FORCE) is forced or name == "none"]
+        names = [name for name in groups if (name.removesuffix(" (shorter runs)") in FORCE) is forced or name == "none"]
         for number, name in enumerate(names):
             style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "label": name}
             style["linestyle"] = ("-", "--", ":")[number // len(COLOURS) % 3]
