@@ -129,8 +129,8 @@ def attend(q_BHTn: Tensor, k_BHSn: Tensor, v_BHSv: Tensor, mask: Tensor | None, 
     """softmax(q k^T * scale, masked) v, (B, H, T, V). ``mask``: bool, True where t may see s; None is causal, the T
     queries being the last of the S tokens.
 
-    On CUDA the fused kernel of torch. On CPU short rows are written out, which is faster than the fused kernel there and
-    twice as fast in BF16; long rows use it, with v padded to the width of q and k, or it would not be fused.
+    On CUDA the fused kernel of torch. On CPU short rows are written out by blocks; long rows, whose scores would fill the
+    memory, use the fused kernel, with v padded to the width of q and k, or it would not be fused.
     """
     (b, h, t, _), s, width = q_BHTn.shape, k_BHSn.shape[2], v_BHSv.shape[-1]
     causal = mask is None and t == s

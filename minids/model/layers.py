@@ -3,8 +3,7 @@
     RMSNorm(x) = x / sqrt(mean(x^2) + eps) * weight              MLP(x) = W_down (silu(W_gate x) * W_up x)
 
 Both write their backward out. As in V3 [3.2.3], neither keeps its output for it: RMSNorm keeps its input and one number a
-row, SwiGLU its two inputs, and what else backward needs is computed again. That halves their memory, and as fewer passes
-over it it is also the faster way on a CPU.
+row, SwiGLU its two inputs, and what else backward needs is computed again, in few passes over memory.
 
 Shapes: rows of D (RMSNorm) or of F (SwiGLU).
 """
