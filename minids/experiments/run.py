@@ -1,21 +1,17 @@
 """`python -m minids experiment NAME`: which experiment, and its settings."""
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated
 
 import tyro
 
-from minids.experiments import balance
+from minids.experiments import balance, mtp
+
+BALANCE = tyro.conf.subcommand("balance", description="Every balancing strategy over a sweep of its coefficient.")
+MTP = tyro.conf.subcommand("mtp", description="With and without MTP, at equal tokens and at equal FLOPs.")
+ExperimentConfig = Annotated[balance.BalanceConfig, BALANCE] | Annotated[mtp.MTPConfig, MTP]
 
 
-@dataclass
-class ExperimentConfig(balance.BalanceConfig):
-    """Run an experiment of many small trainings; finished runs are kept and skipped."""
-
-    name: tyro.conf.Positional[Literal["balance"]] = "balance"
-    """balance: every balancing strategy over a sweep of its coefficient."""
-
-
-def run_experiment(config: ExperimentConfig) -> dict:
+def run_experiment(config: balance.BalanceConfig | mtp.MTPConfig) -> dict:
     """Returns what the experiment's JSON file holds."""
-    return balance.run(config)
+    experiment = balance if isinstance(config, balance.BalanceConfig) else mtp
+    return experiment.run(config)
