@@ -15,74 +15,16 @@ Shapes: B batch, T query tokens, S cached tokens, D hidden, H heads, N/R/V head 
 C latent, Q query rank.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minids.config import ModelConfig
 from minids.model import attention_decode
+from minids.model.cache import LatentCache
 from minids.model.layers import RMSNorm
 from minids.model.linear import Linear
-from minids.model.rope import apply_rope, rope_table, softmax_scale
-
-
-class LatentCache:
-    """What decoding remembers: ``data`` (L, B, S, C + R), the normed latent and the rotated shared key of each token.
-
-    ``lengths`` (B,) int64 counts each row's tokens; ``filled`` is an upper bound of them known without asking the
-    device. Slots from ``lengths[b]`` on may hold padding; they are overwritten before they are ever attended.
-    """
-
-    def __init__(self, cfg: ModelConfig, batch: int, max_length: int, device=None, dtype=None):
-        if not 1 <= max_length <= cfg.max_position_embeddings:
-            raise ValueError(f"max_length={max_length}: allowed is 1 to "
-                             f"max_position_embeddings={cfg.max_position_embeddings}")  # fmt: skip
-        self.data = torch.zeros(cfg.num_hidden_layers, batch, max_length, cfg.latent_dim, device=device, dtype=dtype)
-        self.rope = rope_table(cfg, torch.arange(max_length, device=device).unsqueeze(0))  # (1, S, R/2), once for all steps
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.filled = 0
-        self.ragged = False  # rows of different lengths
-        # Each layer's weights as decoding wants them; attention_decode.py and moe_decode.py say how.
-        self.folded: dict[int, attention_decode.Folded] = {}
-        self.turned: dict[int, Any] = {}
-
-    def place(self, length: int) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """Where the next ``length`` tokens of each row go, how they are rotated and what they see: positions (B, T)
-        int64, RoPE table (B or 1, T, R/2), mask (B, 1, T, S). Rows of equal length go to one slice of slots and need
-        neither positions nor mask: both None. Raises when the tokens do not fit."""
-        end = self.filled + length
-        if end > self.data.shape[2]:
-            raise ValueError(f"the cache holds {self.data.shape[2]} tokens a row, {self.filled} are filled:"
-                             f" {length} more do not fit")  # fmt: skip
-        if not self.ragged:
-            return None, self.rope[:, self.filled : end], None
-        positions = self.lengths.unsqueeze(1) + torch.arange(length, device=self.lengths.device)
-        seen = torch.arange(end, device=positions.device) <= positions.unsqueeze(-1)  # a row's own slots, 0 to p
-        return positions, self.rope[0, positions], seen.unsqueeze(1)
-
-    def advance(self, length: int, n_valid: Tensor | None) -> None:
-        """Counts the tokens just written: all of them, or the first ``n_valid[b]`` of each row."""
-        self.lengths = self.lengths + (length if n_valid is None else n_valid)
-        self.ragged = self.ragged or n_valid is not None
-        self.filled += length
-
-    def write(self, layer: int, positions: Tensor | None, latent_BTc: Tensor) -> Tensor:
-        """Stores ``latent`` (B, T, C + R) and returns the row's slots so far, (B, filled + T, C + R)."""
-        end = self.filled + latent_BTc.shape[1]
-        rows = self.data[layer]
-        if positions is not None:
-            rows.scatter_(1, positions.unsqueeze(-1).expand_as(latent_BTc), latent_BTc.to(rows.dtype))
-        else:
-            rows[:, self.filled : end] = latent_BTc
-        return rows[:, :end]
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps only ``rows`` (n,) int64, in this order: the others have finished."""
-        self.data, self.lengths = self.data[:, rows], self.lengths[rows]
-        kept = self.lengths.tolist()
-        self.filled, self.ragged = max(kept), min(kept) < max(kept)
+from minids.model.rope import apply_rope, softmax_scale
 
 
 def causal_mask(t: int, s: int, device) -> Tensor:

@@ -30,7 +30,8 @@ from minids.model.linear import few_linear
 from minids.model.watch import Watch
 
 if TYPE_CHECKING:
-    from minids.model.attention import MLA, LatentCache
+    from minids.model.attention import MLA
+    from minids.model.cache import LatentCache
 
 EXTRA = 1 << 16  # numbers: what a core reads in about the time of the ten calls that a fold saves
 WIDE = 8  # rows from which the product wants the weight's transpose contiguous
@@ -84,7 +85,7 @@ def more_numbers(mla: MLA) -> int:
 
 def folded(mla: MLA, cache: LatentCache, layer: int) -> Folded:
     """The layer's fold, made at the cache's first decoding step."""
-    rows, fold = cache.data.shape[1], cache.folded.get(layer)
+    rows, fold = cache.rows, cache.folded.get(layer)
     if fold is None or not fold.fresh(mla, rows):
         fold = cache.folded[layer] = Folded(mla, rows)
     return fold

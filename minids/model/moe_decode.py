@@ -29,7 +29,7 @@ from minids.model.router import Routing
 from minids.model.watch import Watch
 
 if TYPE_CHECKING:
-    from minids.model.attention import LatentCache
+    from minids.model.cache import LatentCache
 
 FEW = 4  # tokens an expert, on average; with more of them the grouped GEMM is as good
 PAYS = 512  # tokens to come, in all rows, from which turning the experts saves more time than it takes
@@ -74,7 +74,7 @@ def turned(gate_up_EFD: Tensor, down_EDF: Tensor, cache: LatentCache | None, lay
     found = cache.turned.get(layer)
     if found is not None and found.watch.unchanged([gate_up_EFD, down_EDF]):
         return found
-    to_come = cache.data.shape[1] * (cache.data.shape[2] - cache.filled)
+    to_come = cache.rows * (cache.capacity - cache.filled)
     if found is None and to_come < PAYS:
         return None
     cache.turned[layer] = Turned(gate_up_EFD, down_EDF)

@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minids.config import ModelConfig
-from minids.model.attention import LatentCache, causal_mask
+from minids.model.attention import causal_mask
 from minids.model.block import Block, Context
+from minids.model.cache import LatentCache
 from minids.model.layers import RMSNorm
 from minids.model.linear import Linear
 from minids.model.loss import IGNORE, linear_cross_entropy
 from minids.model.moe import Experts
 from minids.model.mtp import MTPModule, mtp_loss
+from minids.model.mtp_cached import mtp_all
 from minids.model.rope import rope_table
 from minids.model.router import Gate, Routing
 
@@ -29,9 +31,12 @@ class ModelOutput:
     """What a pass returns. Without labels the logits; with labels the losses instead, whose logits are never all held."""
 
     logits: Tensor | None = None  # (B, T, V), or (B, 1, V) with last_only
-    mtp_logits: list[Tensor] = field(default_factory=list)  # depth k: (B, T - k, V), position i predicts token i+k+1
+    # Depth k: (B, T - k, V), position i predicts token i+k+1. With a cache (B, T, V): token j predicts token j+1, position
+    # i = j - k; tokens before a row's k-th have no such position, and their entries mean nothing.
+    mtp_logits: list[Tensor] = field(default_factory=list)
     routing: list[Routing] = field(default_factory=list)  # one a MoE layer, MTP modules last
     hidden: Tensor | None = None  # (B, T, D) after the final norm
+    mtp_input: Tensor | None = None  # (B, T, D) h^0 as MTP reads it: ``hidden``, or before the norm without mtp_hidden_norm
     loss: Tensor | None = None  # mean next-token loss in nats
     mtp_loss: Tensor | None = None  # mean over depths, not multiplied by lambda
     mtp_losses: list[Tensor] = field(default_factory=list)  # one a depth
@@ -105,23 +110,28 @@ class Transformer(nn.Module):
             labels never leave it.
         cache: the tokens continue each row of it. n_valid (B,): how many tokens of each row are real, the rest being
             padding on the right. last_only: logits of each row's last real token only.
-        mtp: run the MTP modules; by default when there is no cache.
+        mtp: run the MTP modules; by default when there is no cache. With one, it must have been made with ``mtp=True``,
+            and every earlier call on it must have run them too.
         absorb: absorbed attention; by default when a cache holds tokens already.
         recompute: keep only each layer's input for backward and run the layer again there.
         Raises ValueError for shapes, dtypes and lengths that do not fit.
         """
-        self._check(tokens, labels, document_ids, cache, n_valid)
+        self._check(tokens, labels, document_ids, cache, n_valid, mtp)
         context = self._context(tokens, document_ids if document_mask else None, cache, absorb)
         out = ModelOutput()
         x = self.model.embed_tokens(tokens)
         for layer in self.main_layers:
             x = self._run(layer, (x, context), out, recompute)
         out.hidden = self.model.norm(x)
-        if cache is not None:
+        out.mtp_input = out.hidden if self.cfg.mtp_hidden_norm else x
+        mtp_hidden = []
+        if cache is None and mtp is not False:
+            mtp_hidden = self._mtp(tokens, out.mtp_input, context, out, recompute)
+        elif cache is not None:
+            start, end = cache.lengths, cache.filled + tokens.shape[1]
             cache.advance(tokens.shape[1], n_valid)
-        run_mtp = cache is None if mtp is None else mtp
-        before_norm = out.hidden if self.cfg.mtp_hidden_norm else x
-        mtp_hidden = self._mtp(tokens, before_norm, context, out, recompute) if run_mtp else []
+            if mtp:
+                mtp_hidden = mtp_all(self, tokens, out.mtp_input, cache, start, end, n_valid, context.absorb, out)
         if labels is None:
             out.logits = self.lm_head(_last(out.hidden, n_valid) if last_only else out.hidden)
             out.mtp_logits = [self.lm_head(hidden) for hidden in mtp_hidden]
@@ -166,7 +176,7 @@ class Transformer(nn.Module):
             positions, mask = document_positions(document_ids[:, :t])
         return Context(rope_table(self.cfg, positions), mask, absorb=bool(absorb))
 
-    def _check(self, tokens, labels, document_ids, cache, n_valid) -> None:
+    def _check(self, tokens, labels, document_ids, cache, n_valid, mtp) -> None:
         if tokens.ndim != 2 or tokens.dtype != torch.int64 or tokens.shape[1] == 0:
             raise ValueError(f"tokens of shape {tuple(tokens.shape)} and {tokens.dtype}: allowed is (B, T) int64, T > 0")
         b, t = tokens.shape
@@ -177,9 +187,11 @@ class Transformer(nn.Module):
             raise ValueError(f"labels of shape {tuple(labels.shape)}: allowed is {(b, t)}, as tokens")
         if document_ids is not None and tuple(document_ids.shape) not in ((b, t), (b, t + 1)):
             raise ValueError(f"document_ids of shape {tuple(document_ids.shape)}: allowed is {(b, t)} or {(b, t + 1)}")
-        if cache is not None and (cache.data.shape[1] != b or document_ids is not None or labels is not None):
-            raise ValueError(f"a cache of {cache.data.shape[1]} rows with tokens of {b} rows, labels or document_ids:"
+        if cache is not None and (cache.rows != b or document_ids is not None or labels is not None):
+            raise ValueError(f"a cache of {cache.rows} rows with tokens of {b} rows, labels or document_ids:"
                              " allowed is as many rows, and neither labels nor document_ids")  # fmt: skip
+        if cache is not None and mtp and not cache.depths:
+            raise ValueError("mtp=True with a cache made without the MTP layers: allowed is LatentCache(..., mtp=True)")
         if n_valid is not None and (cache is None or tuple(n_valid.shape) != (b,)):
             raise ValueError(f"n_valid of shape {tuple(n_valid.shape)}: allowed is {(b,)}, together with a cache")
 
