@@ -3,6 +3,7 @@
 from minids.plots.balance import balance_over_time, gamma_sweep, loss_by_kind, node_limit, pareto, specialisation
 from minids.plots.course_map import cache_bars, cost_bars, flop_shares, parameter_squares, system_map
 from minids.plots.mla import cheaper_form, decode_times, merged_rank, recall_by_cache, roofline, shared_heads
+from minids.plots.mtp import accepted_by_depth, chain_of_modules, depth_losses, overlap_of_two, with_and_without
 from minids.plots.placement import gpu_load_bars, nodes_reached_bars
 from minids.plots.pretraining import (
     gradient_ranges,
@@ -18,14 +19,17 @@ from minids.plots.router import bias_at_work, collapse, counting_mistakes, routi
 from minids.plots.training import loss_curve, smooth
 
 __all__ = [
+    "accepted_by_depth",
     "balance_over_time",
     "bias_at_work",
     "cache_bars",
+    "chain_of_modules",
     "cheaper_form",
     "collapse",
     "cost_bars",
     "counting_mistakes",
     "decode_times",
+    "depth_losses",
     "distance_profile",
     "flop_shares",
     "gamma_sweep",
@@ -38,6 +42,7 @@ __all__ = [
     "needle_maps",
     "node_limit",
     "nodes_reached_bars",
+    "overlap_of_two",
     "packed_row",
     "parameter_squares",
     "pareto",
@@ -57,4 +62,5 @@ __all__ = [
     "training_run",
     "wavelength_chart",
     "wire_times",
+    "with_and_without",
 ]
