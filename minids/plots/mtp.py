@@ -21,7 +21,8 @@ STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.
 
 
 def _box(ax: Axes, x: float, y: float, text: str, colour: str, width: float = 1.5, height: float = 0.72) -> None:
-    shape = dict(xy=(x - width / 2, y - height / 2), width=width, height=height, boxstyle="round,pad=0.02,rounding_size=0.08")
+    shape = dict(xy=(x - width / 2, y - height / 2), width=width, height=height,
+                 boxstyle="round,pad=0.02,rounding_size=0.08")  # fmt: skip
     ax.add_patch(FancyBboxPatch(**shape, facecolor=colour, edgecolor="none", alpha=0.18, zorder=1))
     ax.add_patch(FancyBboxPatch(**shape, facecolor="none", edgecolor=colour, linewidth=1.2, zorder=2))
     ax.text(x, y, text, ha="center", va="center", color=INK, fontsize=8.5, zorder=3)
