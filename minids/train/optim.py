@@ -158,7 +158,7 @@ class Optimizer:
             raise RuntimeError("Optimizer.step: no gradient; call backward and accumulate() first")
         if self.scale != 1.0:
             torch._foreach_mul_(grads, 1.0 / self.scale)
-        norm = nn.utils.get_total_norm(grads)
+        norm = self.total_norm()
         self.grad_norm = float(norm)
         good = apply and math.isfinite(self.grad_norm)
         if good:
@@ -171,6 +171,10 @@ class Optimizer:
         self.scaler.update(overflow=not good)
         self.zero_grad()
         return good
+
+    def total_norm(self) -> Tensor:
+        """Norm of all gradients together; where parameters are spread over ranks, a subclass sums over those."""
+        return nn.utils.get_total_norm([m.grad for m in self.masters.values() if m.grad is not None])
 
     @torch.no_grad()
     def _write_back(self) -> None:
