@@ -11,10 +11,9 @@ Prompts of different lengths share a batch by right padding: row b's tokens take
 never attended and the next token overwrites it. A row's text is therefore the one it would have alone: rows share
 weights, never values.
 
-Simplifications: all prompts start together (no continuous batching), the cache is one contiguous block a row (no
-pages), one token a step (no speculation). Rows that finish early run on unheeded until half of the batch has finished,
-then the batch is compacted: each copy of the cache is at most half the one before, so that all copies together cost
-less than one full cache.
+Simplifications: all prompts start together and the cache is one contiguous block a row; engine.py and paged.py do without
+both. Rows that finish early run on unheeded until half of the batch has finished, then the batch is compacted: each copy
+of the cache is at most half the one before, so that all copies together cost less than one full cache.
 
 Shapes: B batch rows, T prompt tokens, V vocabulary.
 Source: DeepSeek-V3, section 2.1.1 (what is cached); DeepSeek-V2, appendix C (absorption).
@@ -26,8 +25,9 @@ from operator import index
 import torch
 from torch import Tensor
 
-from minids.infer.sampling import check_sampling, row_generators, sample
-from minids.model.attention import LatentCache
+from minids.infer.sampling import check_finite, check_sampling, row_generators, sample
+from minids.infer.speculate import Row, SpeculationStats, check_speculate, write
+from minids.model.cache import LatentCache
 from minids.model.transformer import Transformer
 
 
@@ -40,14 +40,20 @@ def generate(
     top_p: float = 1.0,
     seed: int | Sequence[int] = 0,
     eos_token_id: int | Iterable[int] | None = None,
-    on_token: Callable[[int, int], None] | None = None,
+    on_token: Callable[[int, int], object] | None = None,
+    speculate: int | bool = 0,
+    stats: SpeculationStats | None = None,
 ) -> list[list[int]]:
     """Continue each prompt by up to `max_new_tokens` tokens; returns each one's new tokens, a final eos included.
 
     prompts: token lists of any lengths >= 1. temperature 0 is greedy, else see `minids.infer.sampling`. seed: one
     integer s, and row r then draws from its own generator seeded s + r; or one a prompt. eos_token_id: token or tokens
-    that end a row, None for none. on_token(row, token) is called as each token is chosen. The result for a prompt (with
-    its seed) does not depend on the other prompts, up to the rounding of matrix products of different sizes.
+    that end a row, None for none. on_token(row, token) is called as each token is chosen; True ends the row there. The
+    result for a prompt (with its seed) does not depend on the other prompts, up to the rounding of matrix products of
+    different sizes.
+
+    speculate: drafts a step by the MTP modules, 0 to as many as there are, True for all (speculate.py). Greedy text is the
+    same; sampled text is distributed the same. stats, an empty `SpeculationStats`, is filled with what they gained.
 
     Raises ValueError or TypeError before any work for an empty prompt, a token outside the vocabulary, more tokens than
     max_position_embeddings, or impossible knobs; FloatingPointError if the model's logits are not finite.
@@ -56,42 +62,59 @@ def generate(
     check_sampling(temperature, top_p)
     generators = row_generators(row_seeds(seed, len(prompts)))
     stop = stop_tokens(eos_token_id, model.cfg.vocab_size)
+    n_drafts = check_speculate(speculate, model)
     outputs: list[list[int]] = [[] for _ in prompts]
     if not prompts:
         return outputs
 
-    slots = list(range(len(prompts)))  # slot in the batch -> row of `prompts`
-    done = [False] * len(prompts)
-    logits_BV, cache = prefill(model, prompts, max_new_tokens)
-    for step in range(max_new_tokens):
-        check_finite(logits_BV, step)
-        tokens_B = sample(logits_BV, temperature, top_p, [generators[row] for row in slots])
-        for row, token in zip(slots, tokens_B.tolist(), strict=True):
-            if done[row]:
-                continue
-            outputs[row].append(token)
-            done[row] = token in stop or len(outputs[row]) == max_new_tokens
-            if on_token is not None:
-                on_token(row, token)
-        if all(done):
-            break
-        slots, tokens_B = compact(slots, done, tokens_B, cache)
-        logits_BV = model(tokens_B.unsqueeze(1), cache=cache, last_only=True).logits[:, 0]
+    def emit(row: int, token: int) -> bool:
+        outputs[row].append(token)
+        ended = on_token is not None and on_token(row, token) is True
+        return ended or token in stop or len(outputs[row]) == max_new_tokens
+
+    logits_BV, cache = prefill(model, prompts, max_new_tokens, mtp=n_drafts > 0)
+    check_finite(logits_BV, "at new token 0")
+    tokens = sample(logits_BV, temperature, top_p, generators)
+    done = [emit(row, token) for row, token in enumerate(tokens.tolist())]
+    if n_drafts:
+        rows = [Row(len(prompt), [token], cache.carry[0][row : row + 1], 0 if done[row] else max_new_tokens - 1,
+                    generators[row], temperature, top_p, n_drafts)
+                for row, (prompt, token) in enumerate(zip(prompts, tokens.tolist(), strict=True))]  # fmt: skip
+        write(model, cache, rows, emit, stats)
+    else:
+        decode(model, cache, tokens, done, lambda logits, slots: sample(
+            logits, temperature, top_p, [generators[row] for row in slots]), emit)  # fmt: skip
     return outputs
 
 
-def prefill(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> tuple[Tensor, LatentCache]:
+def decode(model: Transformer, cache: LatentCache, tokens_B: Tensor, done: list[bool],
+           choose: Callable[[Tensor, list[int]], Tensor], emit: Callable[[int, int], bool]) -> None:  # fmt: skip
+    """One token a row and step until all are done, from each row's first new token. ``choose(logits, rows)`` -> tokens;
+    ``emit(row, token)`` takes a row's token and returns whether it was the last."""
+    slots, step = list(range(len(done))), 0  # slots: place in the batch -> row
+    while not all(done):
+        slots, tokens_B = compact(slots, done, tokens_B, cache)
+        logits_BV, step = model(tokens_B.unsqueeze(1), cache=cache, last_only=True).logits[:, 0], step + 1
+        check_finite(logits_BV, f"at new token {step}")
+        tokens_B = choose(logits_BV, slots)
+        for row, token in zip(slots, tokens_B.tolist(), strict=True):
+            done[row] = done[row] or emit(row, token)
+
+
+def prefill(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+            mtp: bool = False) -> tuple[Tensor, LatentCache]:  # fmt: skip
     """Run all prompts, right-padded, into a new cache: (logits (B, V) after each prompt's last token, the cache).
 
-    The cache has room for every token that is ever fed: the last new token is only read out.
+    The cache has room for every token that is ever fed: the last new token is only read out. mtp: run the MTP modules too.
     """
     device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
     lengths = [len(prompt) for prompt in prompts]
     longest = max(lengths)
     tokens_BT = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
     n_valid = None if min(lengths) == longest else torch.tensor(lengths, device=device)
-    cache = LatentCache(model.cfg, batch=len(prompts), max_length=longest + max_new_tokens - 1, device=device, dtype=dtype)
-    return model(tokens_BT, cache=cache, n_valid=n_valid, last_only=True).logits[:, 0], cache
+    cache = LatentCache(model.cfg, batch=len(prompts), max_length=longest + max_new_tokens - 1, device=device,
+                        dtype=dtype, mtp=mtp)  # fmt: skip
+    return model(tokens_BT, cache=cache, n_valid=n_valid, last_only=True, mtp=mtp).logits[:, 0], cache
 
 
 def compact(slots: list[int], done: list[bool], tokens_B: Tensor, cache: LatentCache) -> tuple[list[int], Tensor]:
@@ -150,9 +173,3 @@ def stop_tokens(eos_token_id: int | Iterable[int] | None, vocab_size: int) -> fr
         if not 0 <= token < vocab_size:
             raise ValueError(f"eos_token_id must be in 0 to {vocab_size - 1} (vocab_size), got {token}")
     return stop
-
-
-def check_finite(logits_BV: Tensor, step: int) -> None:
-    """Refuse to choose a token from NaN or infinity: argmax would quietly return one. Raises FloatingPointError."""
-    if not torch.isfinite(logits_BV.sum(dtype=torch.float32)):  # one pass; a sum is finite only if all its terms are
-        raise FloatingPointError(f"the model's logits are not finite (NaN or infinity) at new token {step}")

@@ -106,3 +106,9 @@ def sample(logits_BV: Tensor, temperature: float, top_p: float, generators: Sequ
     if temperature == 0:
         return greedy(logits_BV)
     return draw(probabilities(logits_BV, temperature, top_p), uniforms(generators))
+
+
+def check_finite(logits: Tensor, when: str) -> None:
+    """Refuse to choose a token from NaN or infinity: argmax would quietly return one. Raises FloatingPointError."""
+    if not torch.isfinite(logits.sum(dtype=torch.float32)):  # one pass; a sum is finite only if all its terms are
+        raise FloatingPointError(f"the model's logits are not finite (NaN or infinity) {when}")

@@ -134,7 +134,7 @@ class Transformer(nn.Module):
                 mtp_hidden = mtp_all(self, tokens, out.mtp_input, cache, start, end, n_valid, context.absorb, out)
         if labels is None:
             out.logits = self.lm_head(_last(out.hidden, n_valid) if last_only else out.hidden)
-            out.mtp_logits = [self.lm_head(hidden) for hidden in mtp_hidden]
+            out.mtp_logits = [self.lm_head(_last(hidden, n_valid) if last_only else hidden) for hidden in mtp_hidden]
         else:
             total = linear_cross_entropy(out.hidden, self.lm_head.weight, labels)
             out.loss = total / (labels != IGNORE).sum().clamp_min(1)

@@ -1,0 +1,249 @@
+"""Speculative decoding: the MTP modules guess some tokens ahead, one pass of the model checks them all [V3 section 5.4.3].
+
+The problem: a decoding step reads all weights to write one token. MTP depth k has learnt to predict token i+k+1, so the
+modules propose drafts d_1 ... d_n, and the main model runs [t, d_1, ..., d_n] at once: its logits after d_k say what it
+would have written there. The drafts it agrees with are kept, and one more token is always gained:
+
+    draft    depth k reads (t, d_1, ..., d_k-1) and depth k-1; each depth over its own cache (mtp_cached.py)
+    verify   n + 1 tokens a row in one pass, causal among themselves
+    accept   greedy: while d_k is the argmax; sampling: with probability min(1, p(d_k) / q(d_k))
+    then     greedy: the argmax; sampling: rejected at k, from max(0, p - q) normalised; never rejected, from the last p
+
+The rule draws exactly from p [Leviathan et al. 2023, arXiv 2211.17192, appendix A.1]: a token v is proposed and accepted
+with min(q(v), p(v)), and what is missing to p(v) is max(0, p(v) - q(v)), the residual. p and q are the distributions
+after temperature and top_p. Greedy text is equal token for token; sampled text is as probable as without drafts, but not
+the same text for the same seed, since more random numbers are drawn.
+
+What is easily wrong with more than one draft. Each row accepts its own number, so rows differ in length from the first
+step on, and the mask goes by each row's positions. Rejected drafts lie behind the row's length: no mask shows them and the
+next tokens overwrite them, in the MTP layers' caches too, whose entries are made anew from accepted tokens and the main
+model's hidden states. Only then is depth k fed as it was in training.
+
+Shapes: B rows, T tokens, n drafts, V vocabulary, D hidden.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from minids.infer.sampling import check_finite, draw, greedy, probabilities, uniforms
+from minids.model.cache import Slots
+from minids.model.mtp_cached import mtp_depth, shift
+from minids.model.transformer import Transformer
+
+
+@dataclass
+class SpeculationStats:
+    """What speculation gained, counted over all rows' verification steps. Entry k-1 of a list belongs to draft k."""
+
+    steps: int = 0  # verifications of a row
+    tokens: int = 0  # tokens that they settled
+    proposed: list[int] = field(default_factory=list)  # drafts at position k
+    accepted: list[int] = field(default_factory=list)  # of these accepted, all drafts before them too
+
+    def count(self, proposed: int, accepted: int) -> None:
+        """One row's step: so many drafts, the first ``accepted`` of them kept, and one token more."""
+        self.steps += 1
+        self.tokens += accepted + 1
+        for counts, number in ((self.proposed, proposed), (self.accepted, accepted)):
+            counts.extend([0] * (proposed - len(counts)))
+            counts[:number] = [count + 1 for count in counts[:number]]
+
+    @property
+    def acceptance(self) -> list[float]:
+        """Share of the drafts at position k that were kept, which needs all before them kept too."""
+        return [a / p for a, p in zip(self.accepted, self.proposed, strict=True)]
+
+    @property
+    def conditional_acceptance(self) -> list[float]:
+        """The same among the steps whose drafts before k were kept: V3's 85-90% is this figure for k = 1."""
+        before = self.proposed[:1] + self.accepted[:-1]
+        return [a / b if b else float("nan") for a, b in zip(self.accepted, before, strict=True)]
+
+    @property
+    def tokens_per_step(self) -> float:
+        """1 + the expected number of accepted drafts."""
+        return self.tokens / self.steps if self.steps else float("nan")
+
+    def __str__(self) -> str:
+        shares = ", ".join(f"{share:.1%}" for share in self.acceptance) or "no drafts"
+        return f"acceptance by position {shares}; {self.tokens_per_step:.2f} tokens a step ({self.steps} steps)"
+
+
+@dataclass
+class Row:
+    """One text in progress. ``fresh``: its newest tokens, which no MTP module has read; the last of them is not in the
+    main cache either. ``left`` (len(fresh), D): what depth 1 reads beside them, h^0 one token to the left of each."""
+
+    length: int  # tokens in the main cache
+    fresh: list[int]
+    left: Tensor
+    remaining: int  # tokens still wanted
+    generator: torch.Generator
+    temperature: float
+    top_p: float
+    n_drafts: int
+
+    @property
+    def drafts_now(self) -> int:
+        """Drafts worth making: with the token that is always gained, no more than are wanted. It never grows, so that an
+        MTP module left out of a step is not needed later."""
+        return max(0, min(self.n_drafts, self.remaining - 1))
+
+
+@dataclass
+class Drafts:
+    """Proposals for B rows: ``tokens[b]``, as many as the row wanted; ``q`` (B, n, V) for sampled rows, else None."""
+
+    tokens: list[list[int]]
+    q_BnV: Tensor | None
+
+
+def check_speculate(speculate: int | bool | None, model: Transformer) -> int:
+    """How many drafts a step: True is all that the MTP modules can make. Raises TypeError or ValueError."""
+    depths = len(model.mtp_modules)
+    if speculate is None or speculate is False:
+        return 0
+    if not isinstance(speculate, int):
+        raise TypeError(f"speculate must be an integer or a bool, got {speculate!r}")
+    if speculate is True:
+        speculate = max(depths, 1)
+    if not 0 <= speculate <= depths:
+        raise ValueError(f"speculate={speculate}: allowed is 0 to {depths}, one draft for each of this model's "
+                         f"{depths} MTP modules (num_nextn_predict_layers)")  # fmt: skip
+    return speculate
+
+
+def write(model: Transformer, cache: Slots, rows: Sequence[Row], emit: Callable[[int, int], bool],
+          stats: SpeculationStats | None = None) -> None:  # fmt: skip
+    """Continue all rows of a cache to their end. Each knows its first new token, which was emitted already; those with
+    ``remaining`` 0 are done. ``emit(row, token)`` takes a row's next token and returns whether it was the last."""
+    live = list(range(len(rows)))
+    while any(row.remaining for row in rows):
+        going = [place for place, row in enumerate(live) if rows[row].remaining]
+        if len(going) < len(live):
+            cache.select(torch.tensor(going, device=cache.lengths.device))
+            live = [live[place] for place in going]
+        for row, new in zip(live, step(model, cache, [rows[row] for row in live], stats), strict=True):
+            if any(emit(row, token) for token in new):  # as far as the first that ends the row
+                rows[row].remaining = 0
+
+
+def step(model: Transformer, cache: Slots, rows: Sequence[Row], stats: SpeculationStats | None = None) -> list[list[int]]:
+    """Draft, verify, accept: each row's new tokens, at least one; ``rows`` and the cache move on. Raises
+    FloatingPointError if the model's logits are not finite."""
+    drafts = propose(model, cache, rows)
+    fed = [[row.fresh[-1], *tokens] for row, tokens in zip(rows, drafts.tokens, strict=True)]
+    out = model(torch.tensor(pad(fed, max(map(len, fed))), device=cache.lengths.device), cache=cache)
+    check_finite(out.logits, "in a verification step")
+    found = settle(out.logits, rows, drafts)
+    for place, (row, new) in enumerate(zip(rows, found, strict=True)):
+        row.fresh, row.left = new, out.mtp_input[place, : len(new)]
+        row.length += len(new)
+        row.remaining -= len(new)
+    cache.set_lengths([row.length for row in rows])
+    if stats is not None:
+        for tokens, new in zip(drafts.tokens, found, strict=True):
+            stats.count(len(tokens), len(new) - 1)
+    return found
+
+
+def propose(model: Transformer, cache: Slots, rows: Sequence[Row]) -> Drafts:
+    """Run the MTP modules over each row's fresh tokens, and on over its drafts."""
+    wanted, counts = [row.drafts_now for row in rows], [len(row.fresh) for row in rows]
+    drafts, q = Drafts([[] for _ in rows], None), []
+    if not any(wanted):
+        return drafts
+    device, index = cache.lengths.device, torch.arange(len(rows), device=cache.lengths.device)
+    start = [row.length + 1 - count for row, count in zip(rows, counts, strict=True)]  # the slot of a row's first
+    start_B, counts_B = torch.tensor(start, device=device), torch.tensor(counts, device=device)
+    left_BTD = pad_sequence([row.left for row in rows], batch_first=True)
+    for depth in range(1, max(wanted) + 1):
+        texts = [row.fresh + drafted for row, drafted in zip(rows, drafts.tokens, strict=True)]
+        tokens_BT = torch.tensor(pad(texts, left_BTD.shape[1]), device=device)
+        end = max(first + len(text) for first, text in zip(start, texts, strict=True))
+        hidden_BTD, normed_BTD, _ = mtp_depth(model, depth, cache, tokens_BT, left_BTD, start_B, end, absorb=True)
+        logits_BV = model.lm_head(normed_BTD[index, counts_B + depth - 2])  # after the row's last token or draft
+        q.append(choose(logits_BV, rows, wanted, depth, drafts.tokens))
+        if depth < max(wanted):
+            left_BTD = shift(cache.carry[depth], hidden_BTD)
+            cache.carry[depth] = left_BTD[index, counts_B]  # what the next fresh token will find on its left
+    drafts.q_BnV = torch.stack(q, dim=1) if q[0] is not None else None
+    return drafts
+
+
+def choose(logits_BV: Tensor, rows: Sequence[Row], wanted: list[int], depth: int, tokens: list[list[int]]) -> Tensor | None:
+    """Add draft ``depth`` to the rows that want it: the argmax, or drawn from q by the row's own generator. Returns q
+    (B, V), None if all rows are greedy."""
+    best, q_BV = greedy(logits_BV).tolist(), None
+    for members, temperature, top_p in alike(rows):
+        if temperature == 0:
+            for row in members:
+                if depth <= wanted[row]:
+                    tokens[row].append(best[row])
+            continue
+        q_BV = torch.zeros_like(logits_BV, dtype=torch.float32) if q_BV is None else q_BV
+        q_BV[members] = probabilities(logits_BV[members], temperature, top_p)
+        drawing = [row for row in members if depth <= wanted[row]]
+        if drawing:
+            drawn = draw(q_BV[drawing], uniforms([rows[row].generator for row in drawing])).tolist()
+            for row, token in zip(drawing, drawn, strict=True):
+                tokens[row].append(token)
+    return q_BV
+
+
+def settle(logits_BTV: Tensor, rows: Sequence[Row], drafts: Drafts) -> list[list[int]]:
+    """Each row's accepted drafts and the one token more. ``logits`` (B, n + 1, V) are the main model's."""
+    found: list[list[int]] = [[] for _ in rows]
+    for members, temperature, top_p in alike(rows):
+        if temperature == 0:
+            best = greedy(logits_BTV[members]).tolist()
+            new = [accept_greedy(row_best, drafts.tokens[row]) for row, row_best in zip(members, best, strict=True)]
+        else:
+            p_BTV = probabilities(logits_BTV[members], temperature, top_p)
+            q_BnV = drafts.q_BnV[members] if drafts.q_BnV is not None else p_BTV[:, :0]
+            # As many numbers as the row has drafts, and one: a row's draws never depend on the other rows.
+            u = [[uniforms([rows[row].generator]) for _ in range(len(drafts.tokens[row]) + 1)] for row in members]
+            new = [accept(p_BTV[i], q_BnV[i], drafts.tokens[row], torch.cat(u[i])) for i, row in enumerate(members)]
+        for row, tokens in zip(members, new, strict=True):
+            found[row] = tokens
+    return found
+
+
+def accept_greedy(best: list[int], drafts: list[int]) -> list[int]:
+    """Drafts as far as they are what the model would have written, ``best``, and its token after them."""
+    agreed = 0
+    while agreed < len(drafts) and drafts[agreed] == best[agreed]:
+        agreed += 1
+    return best[: agreed + 1]
+
+
+def accept(p_TV: Tensor, q_nV: Tensor, drafts: list[int], u: Tensor) -> list[int]:
+    """The rejection rule for one row: accepted drafts and the token after them.
+
+    p (n + 1, V), q (>= n, V): the model's and the drafts' distributions at each position; u (n + 1,) float64 uniforms in
+    [0, 1), one a draft and one for the last token.
+    """
+    for k, token in enumerate(drafts):
+        if not u[k] * q_nV[k, token].double() < p_TV[k, token].double():  # u < p / q
+            residual_V = (p_TV[k] - q_nV[k]).clamp_min(0)
+            if not residual_V.any():  # p = q but for rounding
+                residual_V = p_TV[k]
+            return [*drafts[:k], draw(residual_V.unsqueeze(0), u[-1:]).item()]
+    return [*drafts, draw(p_TV[len(drafts)].unsqueeze(0), u[-1:]).item()]
+
+
+def alike(rows: Sequence[Row]) -> list[tuple[list[int], float, float]]:
+    """Places of the rows that share temperature and top_p: (places, temperature, top_p)."""
+    groups: dict[tuple[float, float], list[int]] = {}
+    for place, row in enumerate(rows):
+        groups.setdefault((row.temperature, row.top_p if row.temperature else 1.0), []).append(place)
+    return [(places, *knobs) for knobs, places in groups.items()]
+
+
+def pad(texts: Sequence[list[int]], width: int) -> list[list[int]]:
+    """Texts filled with token 0 on the right; what runs there is never attended."""
+    return [text + [0] * (width - len(text)) for text in texts]
