@@ -19,6 +19,7 @@ import torch
 from minids.config import ModelConfig
 from minids.data import DataConfig
 from minids.model.balancer import parse_all
+from minids.pipeline.schedules import NAMES
 from minids.train.optim import OptimConfig
 from minids.train.recipe import Recipe
 
@@ -83,6 +84,13 @@ class TrainConfig:
     """Keep attention, positions and labels inside a document (V3 pre-trains without)."""
     recompute: bool = False
     """Recompute each block's activations in the backward pass: less memory, a third more compute."""
+    pipeline: str | None = None
+    """Train over the processes of torchrun in this schedule: gpipe, 1f1b, interleaved_1f1b, zb1p, zbv, dualpipe,
+    dualpipe_v. micro_batch is then the most sequences in a micro-batch; see minids.pipeline.train."""
+    pipeline_layers: tuple[int, ...] = ()
+    """Layers of each pipeline stage, where they do not divide equally: --pipeline-layers 4 5 5 3."""
+    pipeline_chunks: int | None = None
+    """Stages a rank, for interleaved_1f1b alone (default 2)."""
     eval_every: int = 50
     """Steps between validation losses; 0 for none."""
     eval_rows: int = 32
@@ -116,6 +124,10 @@ class TrainConfig:
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other: the one continues the run, the other deletes it")
         self._check_device()
+        if self.pipeline is None and (self.pipeline_layers or self.pipeline_chunks):
+            raise ValueError("pipeline_layers and pipeline_chunks need --pipeline NAME")
+        if self.pipeline is not None and self.pipeline not in NAMES:
+            raise ValueError(f"pipeline = {self.pipeline!r}: must be one of {', '.join(NAMES)}")
         self.recipe.build()
         parse_all(self.balance, self.model_config())
 
