@@ -82,7 +82,8 @@ class Sandbox:
         if size > self.limits.source_bytes:
             return Outcome(error=f"source of {size} bytes, allowed are {self.limits.source_bytes}")
         try:
-            job = json.dumps({"source": source, "function": function, "calls": calls} | asdict(self.limits), allow_nan=False)
+            what = {"source": source, "function": function, "calls": calls}
+            job = json.dumps(what | asdict(self.limits), allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ValueError(f"calls must be JSON values: {error}") from None
         answer = self._ask(job)

@@ -46,7 +46,8 @@ def test_what_equals_everything_equals_nothing(sandbox):
     "return {1, 2}",
     "return int('9' * 5000)", "import sys; sys.setrecursionlimit(10**9); g = lambda: g(); return g()",
     "import os; os.close(3); os.closerange(0, 99); return 1", "l = []\nl.append(l)\nreturn l",
-    "import os\nfor fd in range(64):\n  try: os.write(fd, b'{\"results\": [1], \"x\": 1}')\n  except OSError: pass\nreturn 1",
+    "import os\nfor fd in range(64):\n  try: os.write(fd, b'{\"results\": [1], \"x\": 1}')\n"
+    "  except OSError: pass\nreturn 1",
 ])  # fmt: skip
 def test_hostile_programs_fail_in_bounded_time(sandbox, body):
     started = time.monotonic()
