@@ -1,0 +1,158 @@
+"""Starting and watching the processes of a pipeline: a rank that dies ends the job with a message that names it.
+
+The problem: a rank whose neighbour has died waits for a message that never comes. gloo notices a closed connection, and then
+only the neighbour does; NCCL waits on. So every rank keeps a thread that writes a sign of life into the job's store each
+second and reads the others'. A rank whose sign stands still for PATIENCE seconds is dead: the reader says so and ends its
+own process, whatever its main thread waits for. A rank that fails with an error leaves the error in the store, so that the
+others can repeat it.
+
+Under torchrun the store belongs to the agent and outlives every rank; started here, it belongs to rank 0, and losing it
+means that rank 0 is gone.
+"""
+
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+PATIENCE = 12.0  # seconds without a sign of life; a rank that only computes gives one each second
+TIMEOUT = timedelta(minutes=10)  # of one collective, for ranks that are alive but wait for each other
+
+
+class Watch:
+    """The thread of one rank. ``failed`` tells the others why this one ends."""
+
+    def __init__(self, rank: int, ranks: int, host: str, port: int, patience: float = PATIENCE):
+        self.rank, self.ranks, self.patience = rank, ranks, patience
+        self.store = dist.TCPStore(host, port, None, False, timedelta(seconds=30))  # a connection of its own
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.store.set(f"minids/alive/{rank}", "0")
+        self.thread.start()
+
+    def failed(self, error: BaseException) -> None:
+        """Leave the error where the others find it."""
+        try:
+            self.store.set(f"minids/alive/{self.rank}", f"failed with {type(error).__name__}: {error}"[:500])
+        except RuntimeError:
+            pass  # the store is gone: so is rank 0, and the others know
+
+    def end(self) -> None:
+        """This rank is done; the others no longer expect signs of it."""
+        self.stop.set()
+        self.thread.join()
+        try:
+            self.store.set(f"minids/alive/{self.rank}", "done")
+        except RuntimeError:
+            pass
+
+    def _run(self) -> None:
+        seen = {rank: ("", time.monotonic()) for rank in range(self.ranks) if rank != self.rank}
+        count = 0
+        while not self.stop.wait(1.0):
+            try:
+                count += 1
+                self.store.set(f"minids/alive/{self.rank}", str(count))
+                for other in seen:
+                    self._look(other, seen)
+            except (RuntimeError, dist.DistError):
+                if not self.stop.is_set():
+                    self._die("rank 0 died: it kept the job's store, which does not answer any more")
+
+    def _look(self, other: int, seen: dict[int, tuple[str, float]]) -> None:
+        if not self.store.check([f"minids/alive/{other}"]):
+            sign = ""  # not started yet
+        else:
+            sign = self.store.get(f"minids/alive/{other}").decode()
+        now = time.monotonic()
+        if sign != seen[other][0] or sign in ("", "done"):
+            seen[other] = (sign, now)
+        if sign.startswith("failed"):
+            if now - seen[other][1] > 2.0:  # time for an error of its own, which says where this rank stood
+                self._die(f"rank {other} {sign}")
+        elif now - seen[other][1] > self.patience:
+            self._die(f"rank {other} died: no sign of life for {self.patience:.0f} s")
+
+    def _die(self, why: str) -> None:
+        print(f"error: rank {self.rank} ends because {why}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def device_of(kind: str) -> torch.device:
+    """This process's device: the CPU, or the GPU of its local rank."""
+    if torch.device(kind).type != "cuda":
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local >= torch.cuda.device_count():
+        raise ValueError(f"device=cuda with local rank {local}: this machine has {torch.cuda.device_count()} CUDA devices, "
+                         "allowed is at most one process for each")  # fmt: skip
+    return torch.device("cuda", local)
+
+
+@contextmanager
+def initialise(kind: str, patience: float = PATIENCE) -> Iterator[Watch]:
+    """The process group of torchrun's environment, NCCL for ``kind`` cuda and gloo for cpu, with its watch.
+
+    An error inside is told to the other ranks and raised again, as SystemExit when it is the work of a dead neighbour.
+    """
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    device = device_of(kind)
+    options = {}
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        options["device_id"] = device
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT, **options)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    watch = Watch(rank, ranks, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), patience)
+    try:
+        yield watch
+        dist.barrier()
+    except Exception as error:
+        if _is_communication(error):
+            # The neighbour, or one behind it, has died. Which, the watch finds out and ends this process.
+            traceback.print_exc()
+            time.sleep(watch.patience + 8)
+        watch.failed(error)
+        raise
+    finally:
+        watch.end()
+    dist.destroy_process_group()
+
+
+def _is_communication(error: BaseException) -> bool:
+    text = str(error).lower()
+    words = ("connection", "gloo", "nccl", "timed out", "socket", "peer", "broken pipe")
+    return isinstance(error, RuntimeError) and any(word in text for word in words)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def _local_rank(index: int, function: Callable, ranks: int, port: int, arguments: tuple) -> None:
+    os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}  # fmt: skip
+    torch.set_num_threads(1)
+    with initialise("cpu"):
+        function(index, *arguments)
+
+
+def start_local(function: Callable, ranks: int, *arguments: object) -> None:
+    """``function(rank, *arguments)`` in ``ranks`` forked CPU processes of this machine, with gloo; returns when all have
+    ended. Raises ``torch.multiprocessing.ProcessRaisedException`` or ``ProcessExitedException``, which name the rank.
+
+    Forking takes a second where spawning takes ten, but only a process that has run neither CUDA nor a backward may be
+    forked: call this from a fresh one, not from a notebook or a test.
+    """
+    torch.multiprocessing.start_processes(_local_rank, (function, ranks, free_port(), arguments), nprocs=ranks,
+                                          start_method="fork")  # fmt: skip
