@@ -152,7 +152,8 @@ def fake_quantize(
     shape = x.shape
     if block is None:
         x = x.reshape(1, -1)
-    groups, scale_inv = _scaled_groups("x", x, x.shape[-2:] if block is None else _sides(block), fmt, scale)
+    group = (1, max(x.numel(), 1)) if block is None else _sides(block)
+    groups, scale_inv = _scaled_groups("x", x, group, _element(fmt), _rule(scale))
     rounded = round_to(groups, fmt).mul_(scale_inv)
     return _from_groups(rounded, x.shape).view(shape)
 
@@ -165,9 +166,10 @@ def scale_shape(shape: tuple[int, ...] | torch.Size, block: int | tuple[int, int
 
 
 def scale_of(amax: Tensor, fmt: Format, scale: str) -> Tensor:
-    """The multiplier of groups whose largest magnitudes are amax, float32: amax / max, or the next power of two.
+    """The multiplier of groups whose largest magnitudes are amax, float32; a group of zeros has 1.
 
-    A scale is always a normal FP32 number, so amax below max * 2^-126 counts as that; a group of zeros has 1.
+    "fp32": amax / max. "ue8m0": the next power of two above. "mx": the power of two below, by which the largest numbers
+    may saturate (mx.py). A scale is always a normal FP32 number, so amax below max * 2^-126 counts as that.
     """
     floor = amax.clamp(min=fmt.max * torch.finfo(torch.float32).tiny)
     if scale == "fp32":
@@ -176,22 +178,19 @@ def scale_of(amax: Tensor, fmt: Format, scale: str) -> Tensor:
     else:
         # Not by a logarithm, which may err at the powers of two: by comparing amax with what this exponent can hold.
         low = floor_power_of_two(floor) * 2.0**-fmt.max_exponent
-        scale_inv = torch.where(low * fmt.max >= floor, low, 2 * low)
+        scale_inv = low if scale == "mx" else torch.where(low * fmt.max >= floor, low, 2 * low)
     return torch.where(amax > 0, scale_inv, 1.0)
 
 
 def _quantize(name: str, x: Tensor, group: tuple[int, int], fmt: str | Format, scale: str) -> Quantized:
-    scaled, scale_inv = _scaled_groups(name, x, group, fmt, scale)
     fmt = _element(fmt)
+    scaled, scale_inv = _scaled_groups(name, x, group, fmt, _rule(scale))
     q = scaled.to(fmt.dtype) if fmt.dtype else round_to(scaled, fmt)
     return _from_groups(q, x.shape), scale_inv[..., 0, :, 0]
 
 
-def _scaled_groups(name: str, x: Tensor, group: tuple[int, int], fmt: str | Format, scale: str) -> Quantized:
+def _scaled_groups(name: str, x: Tensor, group: tuple[int, int], fmt: Format, scale: str) -> Quantized:
     """x / s in groups (..., n, rows, k, columns), clamped to the format, and s (..., n, 1, k, 1)."""
-    fmt = _element(fmt)
-    if scale not in SCALES:
-        raise ValueError(f"scale: got {scale!r}, expected one of {', '.join(SCALES)}")
     if x.dtype not in FLOATS:
         raise TypeError(f"{name}: got dtype {x.dtype}, expected a floating-point tensor of 16 bits or more")
     _check_matrix(name, x)
@@ -210,6 +209,12 @@ def _element(fmt: str | Format) -> Format:
     if name not in ELEMENTS:
         raise ValueError(f"fmt: got {name!r}, expected one of {', '.join(ELEMENTS)}")
     return ELEMENTS[name]
+
+
+def _rule(scale: str) -> str:
+    if scale not in SCALES:
+        raise ValueError(f"scale: got {scale!r}, expected one of {', '.join(SCALES)}")
+    return scale
 
 
 def _sides(block: int | tuple[int, int]) -> tuple[int, int]:
