@@ -80,15 +80,17 @@ class Timeline:
 
 
 class Durations:
-    """How long each action takes. f, b, w: a number or one a stage; fb: None (F + B), a number, or a function of both."""
+    """How long each action takes. f, b, w, i: a number or one a stage; fb: None (F + B), a number, or a function of both."""
 
-    def __init__(self, schedule: Schedule, f, b, w, fb, slowdown):
+    def __init__(self, schedule: Schedule, f, b, w, fb, i, slowdown):
         stages = schedule.stages
         self.f, self.b, self.w = (per_stage(name, value, stages) for name, value in (("f", f), ("b", b), ("w", w)))
         for stage, (whole, part) in enumerate(zip(self.b, self.w, strict=True)):
             if part > whole:
                 raise ValueError(f"w must not exceed b, W is a part of the full backward B: got w={part} and b={whole} "
                                  f"at stage {stage}")
+        parts = tuple(whole - part for whole, part in zip(self.b, self.w, strict=True))
+        self.i = parts if i is None else per_stage("i", i, stages)
         if fb is not None and not callable(fb):
             check_time("fb", fb)
         self.fb = fb
@@ -103,7 +105,7 @@ class Durations:
         elif kind == "B":
             time = self.b[stage]
         elif kind == "I":
-            time = self.b[stage] - self.w[stage]
+            time = self.i[stage]
         elif kind == "W":
             time = self.w[stage]
         else:
@@ -218,13 +220,14 @@ def peak_activations(actions: Sequence[Action]) -> int:
     return peak
 
 
-def simulate(schedule: Schedule, *, f=1, b=2, w=1, fb=None, comm: Time = 0, comm_mode: str = "overlapped",
+def simulate(schedule: Schedule, *, f=1, b=2, w=1, fb=None, i=None, comm: Time = 0, comm_mode: str = "overlapped",
              slowdown: Sequence[Time] | None = None) -> Timeline:
     """Runs a schedule against a clock.
 
     Args:
         f, b, w: time of one stage's forward, full backward, and weight part of it: a number, or one a stage.
         fb: time of an overlapped pair: None for F + B, a number, or a function (forward's time, backward's) -> time.
+        i: time of an input gradient alone: None for B - W, a number, or one a stage.
         comm: time of one hand-over between two ranks.
         comm_mode: "overlapped": the sender goes on meanwhile; "exposed": the sender stands still for it.
         slowdown: a factor on all times of each rank, for unequal hardware.
@@ -234,7 +237,7 @@ def simulate(schedule: Schedule, *, f=1, b=2, w=1, fb=None, comm: Time = 0, comm
     check_time("comm", comm)
     if comm_mode not in COMM:
         raise ValueError(f"comm_mode must be one of {', '.join(COMM)}, got {comm_mode!r}")
-    clock = Clock(schedule, Durations(schedule, f, b, w, fb, slowdown), comm, comm_mode == "exposed")
+    clock = Clock(schedule, Durations(schedule, f, b, w, fb, i, slowdown), comm, comm_mode == "exposed")
     clock.run()
     busy = [sum(cell.end - cell.start for cell in row) for row in clock.cells]
     makespan = max((row[-1].end for row in clock.cells if row), default=0)
