@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 MIN_SCALE = 1.0
 MAX_SCALE = 2.0**24
+FULL = (torch.float32, torch.float64)  # weights of these are their own masters
 
 
 @dataclass
@@ -112,7 +113,7 @@ class Optimizer:
         self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.params:
             raise ValueError("Optimizer: the model has no parameter that requires a gradient")
-        self.masters = {n: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
+        self.masters = {n: p if p.dtype in FULL else nn.Parameter(p.detach().float())
                         for n, p in self.params.items()}
         half = any(p.dtype == torch.float16 for p in self.params.values())
         self.scaler = LossScaler(half and self.config.loss_scaling, self.config.scale_init,
