@@ -6,8 +6,8 @@ that each wait for the other's message first would wait for ever, since a send m
 
 The order comes from one clock. All ranks run their lists against assumed durations; each time an action ends, its send is
 written into the sender's list and the receive into the receiver's at the same moment. Every rank's list is then a part of
-one common sequence, in which each transfer stands behind the action that made it: nothing can wait in a circle, whatever the
-real durations are. A receive is posted early and waited for by the action that needs it.
+one common sequence, in which each transfer stands behind the action that made it: nothing can wait in a circle, whatever
+the real durations are. A receive is posted early and waited for by the action that needs it.
 
 Nothing here knows torch; torch_engine.py turns the result into its actions.
 """

@@ -37,7 +37,7 @@ from minids.model.transformer import Transformer
 from minids.pipeline.action import Schedule
 from minids.pipeline.schedules import build_schedule, check_request, fewest_micro_batches
 from minids.pipeline.stages import MicroBatch, Piece, Stage, build_rank_model, model_on_meta, split_layers
-from minids.pipeline.torch_engine import DirectedStage, Engine, local_numbers
+from minids.pipeline.torch_engine import DirectedStage, Engine
 from minids.train.optim import OptimConfig, Optimizer
 from minids.train.settings import TrainConfig
 from minids.train.step import StepResult, split_rows
@@ -59,11 +59,12 @@ class Placement:
         """Raises ValueError for whatever cannot work on ``ranks`` ranks, before anything starts."""
         name, chunks = config.pipeline, config.pipeline_chunks
         if ranks < 2 or ranks % 2:
-            raise ValueError(f"--pipeline {name} on WORLD_SIZE={ranks} processes: allowed is an even number of at least 2, as "
-                             "in torchrun --nproc-per-node 4 -m minids train --pipeline ...")  # fmt: skip
+            raise ValueError(f"--pipeline {name} on WORLD_SIZE={ranks} processes: allowed is an even number of at least 2, "
+                             "as in torchrun --nproc-per-node 4 -m minids train --pipeline ...")  # fmt: skip
         schedule = build_schedule(name, ranks=ranks, micro_batches=fewest_micro_batches(name, ranks), chunks=chunks)
         if any(isinstance(strategy, NoisyTopK) for strategy in parse_all(config.balance, cfg)):
-            raise ValueError("balance: noisy has weights of its own, which a pipeline does not gather: allowed are the others")
+            raise ValueError("balance: noisy has weights of its own, which a pipeline does not gather: allowed are the "
+                             "others")  # fmt: skip
         return cls(schedule.validate(), split_layers(cfg, schedule.stages, config.pipeline_layers), cfg)
 
     def holders(self, name: str) -> tuple[int, ...]:
@@ -158,7 +159,8 @@ class Pipeline:
         key = (micro_batches, rows, length)
         if key not in self._engines:
             config, plan = self.config, self.placement.schedule
-            schedule = build_schedule(plan.name, ranks=plan.ranks, micro_batches=micro_batches, chunks=config.pipeline_chunks)
+            schedule = build_schedule(plan.name, ranks=plan.ranks, micro_batches=micro_batches,
+                                      chunks=config.pipeline_chunks)  # fmt: skip
             # The residual stream has the weights' dtype; autocast leaves it as it is.
             hidden = torch.empty(rows, length, self.cfg.hidden_size, dtype=self.dtype, device="meta")
             tokens = torch.empty(rows, length, dtype=torch.int64, device="meta")

@@ -9,9 +9,9 @@ document ids are read by every rank, and each stage makes its own rotation table
     stage S-1            layers ... L-1, norm, lm_head, MTP modules (with embed_tokens again), loss
 
 Why MTP lives with the last stage: it reads the hidden state behind the last layer and shares the head. It also reads the
-embedding of the next token, so the embedding is needed at both ends. Where first and last stage share a rank (DualPipe, and
-every V) both use one tensor [V3 sections 3.2 and 3.4: shallowest and deepest layers on the same rank]; elsewhere it is there
-twice, and runtime.py sums the two gradients.
+embedding of the next token, so the embedding is needed at both ends. Where first and last stage share a rank (DualPipe,
+and every V) both use one tensor [V3 sections 3.2 and 3.4: shallowest and deepest layers on the same rank]; elsewhere it is
+there twice, and runtime.py sums the two gradients.
 
 Every stage has losses of its own: the balance losses of its routers. They are added to the graph without touching the
 hidden state, h = h + 0 * L with dh/dL = 1, so that the one backward pass through h carries them too.
@@ -212,6 +212,10 @@ class Stage(Transformer):
         keep(self, [piece], model)
         self.piece, self.config, self.balancer = piece, config, balancer
         self.current = 0
+        # torch's weight backward frees the graph behind each use of a parameter, and cannot when one use of the embedding
+        # lies behind another: a chain of two MTP modules, or one and a tied head. Such a stage runs all its backward as I.
+        uses = self.cfg.num_nextn_predict_layers + self.cfg.tie_word_embeddings
+        self.splits = not (piece.is_last and uses > 1)
         self.begin([], 0.0, 1.0)
 
     def begin(self, feed: list[MicroBatch], mtp_lambda: float, scale: float) -> None:

@@ -1,4 +1,4 @@
-"""Our schedules on torch.distributed's own pipelining runtime. Everything private of torch that minids uses is in this file.
+"""Our schedules on torch.distributed's own pipelining runtime. What minids uses of torch's private pipelining is here.
 
 `_PipelineScheduleRuntime` executes any list of actions, with receive buffers, waits, the split backward (I and W by walking
 the autograd graph) and FSDP's unshard, reshard and reduce. It knows one direction only: stage 0 is first, the last is last.
@@ -40,7 +40,8 @@ class DirectedStage(PipelineStage):
     """A torch stage that is first and last within its own direction of ``period`` stages.
 
     ``module`` has ``current``, which is set to the micro-batch (numbered within the direction) before its forward, and
-    ``feed``, whose entries' ``tokens`` the first stage reads. ``after_gradients`` is called when weights got gradients.
+    ``feed``, whose entries' ``tokens`` the first stage reads; ``splits`` is False where torch cannot part I from W.
+    ``after_gradients`` is called when weights got gradients.
     """
 
     def __init__(self, module: nn.Module, index: int, period: int, count: int, device: torch.device, inputs: Tensor,
@@ -63,11 +64,14 @@ class DirectedStage(PipelineStage):
         return super().forward_one_chunk(fwd_chunk_id, args, kwargs, **options)
 
     def backward_one_chunk(self, bwd_chunk_id, loss=None, full_backward=True, last_backward=False):
+        full_backward = full_backward or not self.submod.splits
         super().backward_one_chunk(bwd_chunk_id, loss=loss, full_backward=full_backward, last_backward=last_backward)
         if full_backward:
             self.after_gradients()
 
     def backward_weight_one_chunk(self, bwd_chunk_id, last_backward=False):
+        if not self.submod.splits:
+            return  # its I was the whole backward
         if self.is_first and self.stage_index:
             # A first stage has no input to differentiate: its I did nothing, its W is the whole backward. torch knows that
             # of stage 0 alone.
