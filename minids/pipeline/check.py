@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 4 -m minids.pipeline.check --device cuda          # NCCL, a GPU a process
 
 For each schedule: a small model with every mechanism switched on is built in pieces, takes a step, and a second forward
-and backward. Rank 0 takes the same steps with the whole model, by minids.train.step. Compared are all gradients, all losses,
+and backward. Rank 0 takes the same steps with the whole model, by minids.train.step. Compared are all gradients and losses,
 the loads of all experts, the weights and the balancing bias after the step, and the loss after it. Differences of gradients
 are relative to the largest gradient of the tensor.
 """
@@ -59,7 +59,8 @@ def tiny_config(layers: int = 8, **changes) -> ModelConfig:
         vocab_size=97, hidden_size=32, num_hidden_layers=layers, first_k_dense_replace=1, intermediate_size=48,
         moe_intermediate_size=16, num_attention_heads=2, num_key_value_heads=2, q_lora_rank=16, kv_lora_rank=16,
         qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, n_routed_experts=8, n_shared_experts=1,
-        num_experts_per_tok=2, n_group=2, topk_group=1, max_position_embeddings=64, initializer_range=0.1, aux_loss_alpha=0.01)  # fmt: skip
+        num_experts_per_tok=2, n_group=2, topk_group=1, max_position_embeddings=64, initializer_range=0.1,
+        aux_loss_alpha=0.01)  # fmt: skip
     return ModelConfig.preset("toy").replace(**values | changes)
 
 
@@ -144,8 +145,9 @@ def run(rank: int, options: argparse.Namespace) -> None:
         result = compare(name, tiny_config(layers, num_nextn_predict_layers=options.mtp), device)
         if result is not None:
             found.append(result)
-            print(f"{name:<16}  loss {result.loss:.4f}   differences to one process: gradients {result.gradient:.1e}, losses "
-                  f"{result.losses:.1e}, weights after the step {result.weights:.1e}, next loss {result.next_loss:.1e}",
+            print(f"{name:<16}  loss {result.loss:.4f}   differences to one process: gradients {result.gradient:.1e}, "
+                  f"losses {result.losses:.1e}, weights after the step {result.weights:.1e}, "
+                  f"next loss {result.next_loss:.1e}",
                   flush=True)  # fmt: skip
     if rank == 0 and options.json is not None:
         temporary = options.json.with_name(options.json.name + ".tmp")

@@ -2,9 +2,9 @@
 
 The problem: a rank whose neighbour has died waits for a message that never comes. gloo notices a closed connection, and
 then only the neighbour does; NCCL waits on. So every rank keeps a thread that writes a sign of life into the job's store
-each second and reads the others'. A rank whose sign stands still for PATIENCE seconds is dead: the reader says so and ends its
-own process, whatever its main thread waits for. A rank that fails with an error leaves the error in the store, so that the
-others can repeat it.
+each second and reads the others'. A rank whose sign stands still for PATIENCE seconds is dead: the reader says so and
+ends its own process, whatever its main thread waits for. A rank that fails with an error leaves the error in the store, so
+that the others can repeat it.
 
 Under torchrun the store belongs to the agent and outlives every rank; started here, it belongs to rank 0, and losing it
 means that rank 0 is gone.

@@ -293,6 +293,10 @@ def train(config: TrainConfig) -> dict:
     Errors: ValueError, FileExistsError or FileNotFoundError for settings that cannot work, before any training;
     TrainingStopped for too many skipped steps; SystemExit(130 or 143) after SIGINT or SIGTERM, saved.
     """
+    if config.pipeline is not None:
+        from minids.pipeline.train import train_pipeline  # one process of many; it uses this module
+
+        return train_pipeline(config)
     trainer = Trainer.start(config)
     out, progress = config.folder, trainer.progress
     counts = trainer.model.cfg.count()

@@ -1,0 +1,217 @@
+"""``torchrun --nproc-per-node 4 -m minids train --pipeline dualpipe``: the pre-training loop over a pipeline.
+
+The recipe, the data and the run folder are those of minids.train.trainer, and so is every number of a step, but for the
+order of sums. Each process is one pipeline rank with a device of its own: gloo on the CPU, NCCL with a GPU a local rank.
+
+    torchrun --nproc-per-node 4 -m minids train --pipeline dualpipe --recipe.batch 16 --recipe.batch-start 16
+    torchrun --nproc-per-node 4 -m minids train --pipeline dualpipe_v --model num_hidden_layers=8 ...      # 2 stages a rank
+
+All ranks read the same rows; rank 0 alone writes: metrics.jsonl, and checkpoints in the published format, gathered tensor
+by tensor, which `python -m minids generate` and any other reader of the format takes.
+
+Simplifications: one pipeline, no data parallelism beside it. Moments are not gathered, so a pipelined run cannot be
+resumed. Validation runs on rank 0 with the gathered model. A step that is not finite is skipped on all ranks.
+
+Source: DeepSeek-V3 Technical Report (arXiv 2412.19437), sections 3.2.1 and 4.2.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from minids import checkpoint
+from minids.data import Data, build_data
+from minids.model.transformer import Transformer
+from minids.pipeline.launch import device_of, initialise
+from minids.pipeline.runtime import Pipeline, Placement, choose_micro_batches
+from minids.plots import loss_curve
+from minids.train import state
+from minids.train.metrics import MetricsLog, peak_flops, read_metrics
+from minids.train.settings import FREE_ON_RESUME, TrainConfig
+from minids.train.step import StepResult, validation_loss
+from minids.train.trainer import Progress, TrainingStopped, write_sample
+
+
+def check(config: TrainConfig, ranks: int) -> None:
+    """Raises ValueError, FileExistsError for settings that cannot work; reads no data and writes nothing."""
+    if config.resume:
+        raise ValueError("resume with pipeline: not possible, the optimizer's moments lie on many ranks and are not saved; "
+                         "allowed is a new run")  # fmt: skip
+    Placement.plan(config, config.model_config(), ranks)
+    for rows in sorted({rows for _, rows in config.recipe.build().batches()}):
+        choose_micro_batches(config, ranks, rows)
+    device_of(config.device)
+    state.check_folder(config.folder, config.to_dict(), False, config.overwrite, FREE_ON_RESUME)
+
+
+def train_pipeline(config: TrainConfig) -> dict:
+    """Run ``config`` as one of torchrun's processes; returns a summary on rank 0, {} elsewhere.
+
+    Settings that cannot work are refused before anything starts, by a ValueError on rank 0; the others leave quietly.
+    """
+    if "RANK" not in os.environ:
+        raise ValueError(f"--pipeline {config.pipeline} needs one process a rank: start it as "
+                         "torchrun --nproc-per-node 4 -m minids train --pipeline ...")  # fmt: skip
+    rank = int(os.environ["RANK"])
+    try:
+        check(config, int(os.environ["WORLD_SIZE"]))
+    except (ValueError, FileExistsError):
+        if rank == 0:
+            raise
+        time.sleep(20)  # torchrun ends all at the first exit: rank 0's, which says why
+        sys.exit(2)
+    with initialise(config.device):
+        config.device = str(device_of(config.device))
+        return PipelineRun(config, rank).run()
+
+
+class PipelineRun:
+    """One rank of a run."""
+
+    def __init__(self, config: TrainConfig, rank: int):
+        self.config, self.rank, self.ranks = config, rank, dist.get_world_size()
+        self.progress, self.recipe = Progress(), config.recipe.build()
+        self.data = self._read_data()
+        tokenizer = self.data.tokenizer
+        cfg = config.model_config(tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id)
+        torch.manual_seed(config.seed)
+        self.pipeline = Pipeline(Placement.plan(config, cfg, self.ranks), config, torch.device(config.device))
+        self.log = None
+        if rank == 0:
+            state.open_folder(config.folder, config.to_dict(), resume=False)
+            tokenizer.save(config.folder / "tokenizer.json")
+            self.log = MetricsLog(config.folder / "metrics.jsonl")
+
+    def _read_data(self) -> Data:
+        """Rank 0 first: it fills the cache that the others then find full."""
+        length, data = self.config.recipe.sequence_length, None
+        for turn in (self.rank == 0, self.rank != 0):
+            if turn:
+                data = build_data(self.config.data, length, progress=self.rank == 0 and not os.environ.get("CI"))
+            dist.barrier()
+        return data
+
+    def run(self) -> dict:
+        """Train to the end of the budget."""
+        config, progress, recipe = self.config, self.progress, self.recipe
+        steps = sum(1 for _ in recipe.batches())
+        if self.rank == 0:
+            self._announce()
+        folder, bar = None, tqdm(total=steps, unit="step", disable=self.rank != 0 or bool(os.environ.get("CI")))
+        with bar:
+            while rows := recipe.next_batch(progress.tokens):
+                record = self.step(rows)
+                final = not recipe.next_batch(progress.tokens)
+                if config.eval_every and (progress.step % config.eval_every == 0 or final):
+                    record |= self.evaluate()
+                if self.log is not None:
+                    self.log.write(record)
+                bar.update()
+                bar.set_postfix_str(f"loss {progress.loss:.3f}", refresh=False)
+                if progress.skips_in_row >= config.max_skips:
+                    raise TrainingStopped(f"{progress.skips_in_row} steps in a row were not finite")
+                if final or progress.step % config.save_every == 0:
+                    folder = self.save()
+        return self._summary(folder) if self.rank == 0 else {}
+
+    def step(self, rows: int) -> dict:
+        """One optimizer step of ``rows`` sequences; returns its metrics record."""
+        config, progress, recipe = self.config, self.progress, self.recipe
+        started, after = time.perf_counter(), progress.tokens + rows * recipe.sequence_length
+        rates = {"lr": recipe.lr(after), "batch": rows, "gamma": recipe.gamma(progress.tokens),
+                 "lambda": recipe.mtp_lambda(progress.tokens)}  # fmt: skip
+        tokens, document_ids = self.data.train.batch(progress.position, rows)
+        result = self.pipeline.compute_gradients(tokens, document_ids, rates["lambda"])
+        moved = self.pipeline.step(rates["lr"], rates["gamma"], result)
+        progress.step, progress.tokens, progress.position = progress.step + 1, after, progress.position + rows
+        progress.skipped += not moved
+        progress.skips_in_row = 0 if moved else progress.skips_in_row + 1
+        progress.loss, seconds = result.loss, time.perf_counter() - started
+        progress.seconds += seconds
+        speed = rows * recipe.sequence_length / seconds
+        return self._record(result, rates, moved) | {"tokens_per_second": speed} | self._utilisation(speed, config)
+
+    def _record(self, result: StepResult, rates: dict, moved: bool) -> dict:
+        micro_batches = choose_micro_batches(self.config, self.ranks, rates["batch"])
+        record = {"step": self.progress.step, "tokens": self.progress.tokens, "loss": result.loss,
+                  "mtp_loss": result.mtp_losses, "balance_loss": result.balance_loss,
+                  "grad_norm": self.pipeline.optimizer.grad_norm, **rates, "micro_batches": micro_batches}  # fmt: skip
+        if len(result.loads):
+            found = result.meter.read()
+            violation = found["max_violation_global"]
+            record |= {"maxvio_mean": sum(violation) / len(violation), "maxvio_max": max(violation)}
+            for name in ("token_entropy", "load_entropy", "dropped_share", "experts_per_token", "nodes_per_token"):
+                record[name] = sum(found[name]) / len(found[name])
+        return record | {"skipped": self.progress.skipped, "applied": moved}
+
+    def _utilisation(self, speed: float, config: TrainConfig) -> dict:
+        if torch.device(config.device).type != "cuda":
+            return {}
+        peak = peak_flops(torch.cuda.get_device_name(), config.resolved_precision != "fp32")
+        flops = self.pipeline.cfg.flops_per_token(config.recipe.sequence_length)
+        return {"mfu": speed * flops / (peak * self.ranks)} if peak else {}
+
+    def evaluate(self) -> dict:
+        """Validation loss in nats a token, on rank 0; the others wait."""
+        model = self.pipeline.gather_model()
+        if model is not None:
+            self.progress.valid_loss = validation_loss(model.to(self.config.device), self.data.valid, self.config)
+        dist.barrier()
+        return {"valid_loss": self.progress.valid_loss} if model is not None else {}
+
+    def save(self) -> Path | None:
+        """Gather the model and write the checkpoint of the current step; its folder on rank 0."""
+        model, config = self.pipeline.gather_model(), self.config
+        if model is None:
+            return None
+
+        def write_model(folder: Path) -> None:
+            checkpoint.save(model, folder)
+            self.data.tokenizer.save(folder / "tokenizer.json")
+
+        values = {"progress": asdict(self.progress), "pipeline": config.pipeline, "ranks": self.ranks,
+                  "metrics_bytes": self.log.sync(), "torch": torch.__version__}  # fmt: skip
+        folder = state.save_checkpoint(config.folder, self.progress.step, write_model, {}, values, config.keep)
+        temporary = config.folder / "loss.png.tmp"
+        loss_curve(read_metrics(config.folder), title=config.name).savefig(temporary, format="png")
+        os.replace(temporary, config.folder / "loss.png")
+        self._sample(model)
+        return folder
+
+    def _sample(self, model: Transformer) -> None:
+        if self.config.sample_tokens and not self.recipe.next_batch(self.progress.tokens):
+            # write_sample reads these three of a trainer.
+            write_sample(SimpleNamespace(config=self.config, data=self.data, model=model))
+
+    def _announce(self) -> None:
+        config, counts, placement = self.config, self.pipeline.cfg.count(), self.pipeline.placement
+        print(f"{config.name}: {counts['main'] + counts['mtp']:,} parameters in {placement.schedule.stages} stages on "
+              f"{self.ranks} ranks, {config.pipeline}; "
+              f"{config.recipe.tokens:,} tokens to train on; writing to {config.folder}")
+        for rank in range(self.ranks):
+            held = ", ".join(f"stage {s}{' (other direction)' if d else ''}: layers {_span(placement.pieces[s].layers)}"
+                             for d, s in placement.schedule.stages_of(rank))  # fmt: skip
+            print(f"  rank {rank}: {held}", flush=True)
+
+    def _summary(self, folder: Path) -> dict:
+        progress, out = self.progress, self.config.folder
+        self.log.close()
+        valid = "" if math.isnan(progress.valid_loss) else f", validation {progress.valid_loss:.4f}"
+        print(f"loss {progress.loss:.4f}{valid} after {progress.step} steps, {progress.tokens:,} tokens, "
+              f"{progress.seconds:.0f} s of training, {progress.skipped} steps skipped\n"
+              f"checkpoint  {folder}\nmetrics     {out / 'metrics.jsonl'}\n"
+              f"write more  python -m minids generate --checkpoint {out} --prompt \"def \"")  # fmt: skip
+        return json.loads(json.dumps({"out": str(out), "checkpoint": str(folder), **asdict(progress)}))
+
+
+def _span(layers: range) -> str:
+    return f"{layers.start}-{layers.stop - 1}" if layers else "none"
