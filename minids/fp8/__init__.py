@@ -1,6 +1,8 @@
 """Eight-bit floating point, the number format V3 is trained in and published in (V3 section 3.3)."""
 
+from minids.fp8.convert import to_fp8
 from minids.fp8.formats import E4M3, E5M2, E5M6, FORMATS, Format, decode, encode, round_to
+from minids.fp8.linear import Fp8Linear
 from minids.fp8.quantize import (
     BLOCK,
     E4M3_MAX,
@@ -11,6 +13,7 @@ from minids.fp8.quantize import (
     quantize_tensor,
     quantize_tile,
 )
+from minids.fp8.recipe import Fp8Recipe
 
 __all__ = [
     "BLOCK",
@@ -20,6 +23,8 @@ __all__ = [
     "E5M6",
     "FORMATS",
     "Format",
+    "Fp8Linear",
+    "Fp8Recipe",
     "decode",
     "dequantize",
     "encode",
@@ -29,4 +34,5 @@ __all__ = [
     "quantize_tensor",
     "quantize_tile",
     "round_to",
+    "to_fp8",
 ]

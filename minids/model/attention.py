@@ -112,15 +112,19 @@ class MLA(nn.Module):
         low_rank = (self.q_a_proj, self.q_a_layernorm, self.q_b_proj) if self.cfg.q_lora_rank else (self.q_proj,)
         return [m.weight for m in (*low_rank, self.kv_a_proj_with_mqa, self.kv_b_proj, self.o_proj)]
 
-    def query(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    def down(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """The compressed query (B, T, Q), or all of it where it is not compressed, and [latent ; k^R] (B, T, C + R)."""
+        return (self.q_a_proj if self.cfg.q_lora_rank else self.q_proj)(x_BTD), self.kv_a_proj_with_mqa(x_BTD)
+
+    def query(self, low_BTq: Tensor) -> tuple[Tensor, Tensor]:
         """q^N (B, T, H, N) and q^R (B, T, H, R), not rotated yet. The query is of low rank in inference too."""
         cfg = self.cfg
-        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD))) if cfg.q_lora_rank else self.q_proj(x_BTD)
+        q = self.q_b_proj(self.q_a_layernorm(low_BTq)) if cfg.q_lora_rank else low_BTq
         return q.unflatten(-1, (cfg.num_attention_heads, -1)).split([cfg.qk_nope_head_dim, cfg.qk_rope_head_dim], dim=-1)
 
-    def latent(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    def latent(self, joint_BTc: Tensor) -> tuple[Tensor, Tensor]:
         """The normed latent c (B, T, C) and the one key k^R (B, T, R), not rotated yet."""
-        c, k_rope = self.kv_a_proj_with_mqa(x_BTD).split([self.cfg.kv_lora_rank, self.cfg.qk_rope_head_dim], dim=-1)
+        c, k_rope = joint_BTc.split([self.cfg.kv_lora_rank, self.cfg.qk_rope_head_dim], dim=-1)
         return self.kv_a_layernorm(c), k_rope
 
     def naive(self, q_nope: Tensor, q_rope: Tensor, latent_BSc: Tensor, mask: Tensor | None) -> Tensor:
@@ -157,12 +161,17 @@ class MLA(nn.Module):
         tokens are written to ``positions`` (B, T) of ``layer`` and all slots so far are attended."""
         if absorb and cache is not None and attention_decode.applies(self, x_BTD):
             return attention_decode.attend_one(self, x_BTD, rope, mask, cache, layer, positions)
-        q_nope, q_rope = self.query(x_BTD)
-        c, k_rope = self.latent(x_BTD)
+        return self.o_proj(self.core(*self.down(x_BTD), rope, mask, cache, layer, positions, absorb))
+
+    def core(self, low_BTq: Tensor, joint_BTc: Tensor, rope: Tensor, mask: Tensor | None, cache: LatentCache | None,
+             layer: int, positions: Tensor | None, absorb: bool) -> Tensor:  # fmt: skip
+        """What lies between the down-projections and o_proj: up-projections, rotation, attention. (B, T, H * V)"""
+        q_nope, q_rope = self.query(low_BTq)
+        c, k_rope = self.latent(joint_BTc)
         # The shared key is rotated with the queries, as one more head.
         rotated = apply_rope(torch.cat([q_rope, k_rope.unsqueeze(-2)], dim=-2), rope)
         q_rope, k_rope = rotated[..., :-1, :], rotated[..., -1, :]
         latent = torch.cat([c, k_rope], dim=-1)  # all that is cached
         if cache is not None:
             latent = cache.write(layer, positions, latent)
-        return self.o_proj((self.absorbed if absorb else self.naive)(q_nope, q_rope, latent, mask))
+        return (self.absorbed if absorb else self.naive)(q_nope, q_rope, latent, mask)

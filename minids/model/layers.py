@@ -65,27 +65,35 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor | None, row_weight: Tensor | None) -> Tensor:
-        if ctx is not None:
-            ctx.save_for_backward(gate, up, row_weight)
-        gate, up = gate.chunk(2, dim=-1) if up is None else (gate, up)
-        h = F.silu(gate).mul_(up)
-        return h if row_weight is None else h.mul_(row_weight)
+        ctx.save_for_backward(gate, up, row_weight)
+        return swiglu_forward(gate, up, row_weight)
 
     @staticmethod
     def backward(ctx, dh: Tensor):
-        both, up, row_weight = ctx.saved_tensors
-        joined = up is None
-        gate, up = both.chunk(2, dim=-1) if joined else (both, up)
-        d_both = torch.empty_like(both) if joined else None
-        d_gate, d_up = d_both.chunk(2, dim=-1) if joined else (torch.empty_like(gate), torch.empty_like(up))
-        silu, d_weight = F.silu(gate), None
-        if row_weight is not None:
-            d_weight = (silu * up).mul_(dh).sum(-1, keepdim=True)
-            dh = dh * row_weight
-        torch.mul(silu, dh, out=d_up)
-        d_silu = torch.mul(dh, up, out=silu)  # silu's memory is free again
-        torch.ops.aten.silu_backward.grad_input(d_silu, gate, grad_input=d_gate)
-        return (d_both, None, d_weight) if joined else (d_gate, d_up, d_weight)
+        return swiglu_backward(dh, *ctx.saved_tensors)
+
+
+def swiglu_forward(gate: Tensor, up: Tensor | None, row_weight: Tensor | None) -> Tensor:
+    """``swiglu`` without a backward."""
+    gate, up = gate.chunk(2, dim=-1) if up is None else (gate, up)
+    h = F.silu(gate).mul_(up)
+    return h if row_weight is None else h.mul_(row_weight)
+
+
+def swiglu_backward(dh: Tensor, both: Tensor, up: Tensor | None, row_weight: Tensor | None):
+    """Gradients of ``swiglu``'s three arguments, None where there was none."""
+    joined = up is None
+    gate, up = both.chunk(2, dim=-1) if joined else (both, up)
+    d_both = torch.empty_like(both) if joined else None
+    d_gate, d_up = d_both.chunk(2, dim=-1) if joined else (torch.empty_like(gate), torch.empty_like(up))
+    silu, d_weight = F.silu(gate), None
+    if row_weight is not None:
+        d_weight = (silu * up).mul_(dh).sum(-1, keepdim=True)
+        dh = dh * row_weight
+    torch.mul(silu, dh, out=d_up)
+    d_silu = torch.mul(dh, up, out=silu)  # silu's memory is free again
+    torch.ops.aten.silu_backward.grad_input(d_silu, gate, grad_input=d_gate)
+    return (d_both, None, d_weight) if joined else (d_gate, d_up, d_weight)
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, row_weight: Tensor | None = None) -> Tensor:
@@ -93,7 +101,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None, row_weight: Tensor | None = N
     ``up``, ``gate`` is (rows, 2F): gate, then up, as the experts' first product gives them."""
     if torch.is_grad_enabled():
         return _SwiGLU.apply(gate, up, row_weight)
-    return _SwiGLU.forward(None, gate, up, row_weight)
+    return swiglu_forward(gate, up, row_weight)
 
 
 class MLP(nn.Module):

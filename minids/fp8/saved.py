@@ -1,0 +1,68 @@
+"""What an FP8 layer keeps between forward and backward, handed to autograd so that it is counted, moved and freed as
+any other saved tensor (checkpointing and saved-tensor hooks see nothing else).
+
+An input x is kept in one of three ways:
+
+    FP8            q and scales of the operand that Fprop used: one byte a number         linears
+    E5M6           12 bits a number, powers of two for scales                             o_proj [V3 3.3.3]
+    recomputed     nothing but the input of the norm that made x, which the norm keeps    behind an RMSNorm [V3 3.2.3]
+
+Backward gets the operand of Fprop back from the first and the third, bit for bit the same: recomputing changes memory
+and time, never a result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minids.fp8.operands import Kept12, Operand
+
+
+def save(ctx: Any, *kept: Operand | Kept12 | Tensor | None) -> None:
+    """Saves the tensors of what is given; `restore` returns it in the same order."""
+    tensors, ctx.kept = [], []
+    for item in kept:
+        fields = item._asdict() if isinstance(item, Operand | Kept12) else {"tensor": item}
+        own = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+        rest = {name: value for name, value in fields.items() if name not in own}
+        ctx.kept.append((type(item) if rest or len(own) > 1 else None, tuple(own), rest))
+        tensors += own.values()
+    ctx.save_for_backward(*tensors)
+
+
+def restore(ctx: Any) -> list:
+    """What `save` was given. Raises RuntimeError, as torch does, if it has been freed."""
+    tensors, found = iter(ctx.saved_tensors), []
+    for kind, names, rest in ctx.kept:
+        own = {name: next(tensors) for name in names}
+        found.append(own.get("tensor") if kind in (None, type(None)) else kind(**own, **rest))
+    return found
+
+
+class Source(NamedTuple):
+    """x = function(tensor)."""
+
+    function: Callable[[Tensor], Tensor]
+    tensor: Tensor
+
+
+def mark_recomputable(x: Tensor, function: Callable[[Tensor], Tensor], source: Tensor) -> None:
+    """Says that x = function(source), so that a layer may keep ``source`` in the place of x. In backward it runs as it
+    did: with gradients on, which may choose another way to compute it, and under the same autocast."""
+    device = source.device.type
+    context = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+
+    def again(tensor: Tensor) -> Tensor:
+        with torch.enable_grad(), torch.autocast(context[0], context[1], enabled=context[2]):
+            return function(tensor).detach()
+
+    x.fp8_source = Source(again, source.detach())
+
+
+def source_of(x: Tensor) -> Source | None:
+    """What `mark_recomputable` said of x; nothing where no backward will follow."""
+    return getattr(x, "fp8_source", None) if torch.is_grad_enabled() else None
