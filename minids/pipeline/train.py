@@ -3,14 +3,16 @@
 The recipe, the data and the run folder are those of minids.train.trainer, and so is every number of a step, but for the
 order of sums. Each process is one pipeline rank with a device of its own: gloo on the CPU, NCCL with a GPU a local rank.
 
-    torchrun --nproc-per-node 4 -m minids train --pipeline dualpipe --recipe.batch 16 --recipe.batch-start 16
+    torchrun --nproc-per-node 4 -m minids train --pipeline dualpipe
     torchrun --nproc-per-node 4 -m minids train --pipeline dualpipe_v --model num_hidden_layers=8 ...      # 2 stages a rank
 
 All ranks read the same rows; rank 0 alone writes: metrics.jsonl, and checkpoints in the published format, gathered tensor
 by tensor, which `python -m minids generate` and any other reader of the format takes.
 
-Simplifications: one pipeline, no data parallelism beside it. Moments are not gathered, so a pipelined run cannot be
-resumed. Validation runs on rank 0 with the gathered model. A step that is not finite is skipped on all ranks.
+Simplifications: the batch does not grow unless --recipe.batch-start says so, and then every batch on the way must divide
+into micro-batches; a rest of the token budget that does not is left out. One pipeline, no data parallelism beside it.
+Moments are not gathered, so a pipelined run cannot be resumed. Validation runs on rank 0 with the gathered model. A step
+that is not finite is skipped on all ranks.
 
 Source: DeepSeek-V3 Technical Report (arXiv 2412.19437), sections 3.2.1 and 4.2.
 """
@@ -47,7 +49,8 @@ def check(config: TrainConfig, ranks: int) -> None:
         raise ValueError("resume with pipeline: not possible, the optimizer's moments lie on many ranks and are not saved; "
                          "allowed is a new run")  # fmt: skip
     Placement.plan(config, config.model_config(), ranks)
-    for rows in sorted({rows for _, rows in config.recipe.build().batches()}):
+    batches = [rows for _, rows in config.recipe.build().batches()]
+    for rows in sorted(set(batches[:-1] or batches)):
         choose_micro_batches(config, ranks, rows)
     device_of(config.device)
     state.check_folder(config.folder, config.to_dict(), False, config.overwrite, FREE_ON_RESUME)
@@ -62,6 +65,8 @@ def train_pipeline(config: TrainConfig) -> dict:
         raise ValueError(f"--pipeline {config.pipeline} needs one process a rank: start it as "
                          "torchrun --nproc-per-node 4 -m minids train --pipeline ...")  # fmt: skip
     rank = int(os.environ["RANK"])
+    if config.recipe.batch_start is None:  # a ramp passes through batches that no schedule can cut
+        config.recipe.batch_start = config.recipe.batch
     try:
         check(config, int(os.environ["WORLD_SIZE"]))
     except (ValueError, FileExistsError):
@@ -102,15 +107,15 @@ class PipelineRun:
 
     def run(self) -> dict:
         """Train to the end of the budget."""
-        config, progress, recipe = self.config, self.progress, self.recipe
-        steps = sum(1 for _ in recipe.batches())
+        config, progress = self.config, self.progress
+        steps = sum(1 for _ in self.recipe.batches())
         if self.rank == 0:
             self._announce()
         folder, bar = None, tqdm(total=steps, unit="step", disable=self.rank != 0 or bool(os.environ.get("CI")))
         with bar:
-            while rows := recipe.next_batch(progress.tokens):
+            while rows := self._next_batch():
                 record = self.step(rows)
-                final = not recipe.next_batch(progress.tokens)
+                final = not self._next_batch()
                 if config.eval_every and (progress.step % config.eval_every == 0 or final):
                     record |= self.evaluate()
                 if self.log is not None:
@@ -122,6 +127,17 @@ class PipelineRun:
                 if final or progress.step % config.save_every == 0:
                     folder = self.save()
         return self._summary(folder) if self.rank == 0 else {}
+
+    def _next_batch(self) -> int:
+        """Sequences of the next batch; 0 at the end, or when the rest of the budget does not divide into micro-batches."""
+        rows = self.recipe.next_batch(self.progress.tokens)
+        rest = self.recipe.total_tokens - self.progress.tokens
+        if rows and rest <= rows * self.recipe.sequence_length and self.progress.step:
+            try:
+                choose_micro_batches(self.config, self.ranks, rows)
+            except ValueError:
+                return 0
+        return rows
 
     def step(self, rows: int) -> dict:
         """One optimizer step of ``rows`` sequences; returns its metrics record."""
@@ -188,7 +204,7 @@ class PipelineRun:
         return folder
 
     def _sample(self, model: Transformer) -> None:
-        if self.config.sample_tokens and not self.recipe.next_batch(self.progress.tokens):
+        if self.config.sample_tokens and not self._next_batch():
             # write_sample reads these three of a trainer.
             write_sample(SimpleNamespace(config=self.config, data=self.data, model=model))
 

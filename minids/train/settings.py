@@ -36,7 +36,7 @@ class RecipeConfig:
     batch: int = 8
     """Sequences in a global batch after the ramp (V3: 15360)."""
     batch_start: int | None = None
-    """Sequences in the first batch; default a fifth of batch, as in V3."""
+    """Sequences in the first batch; default a fifth of batch, as in V3 (with --pipeline: batch, no ramp)."""
     lr: float = 2e-3
     """Peak learning rate (V3: 2.2e-4; small models need more, and twice this is worse already)."""
     warmup_steps: int = 20
