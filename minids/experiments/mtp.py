@@ -50,6 +50,7 @@ from minids.train.settings import RecipeConfig, TrainConfig
 from minids.train.step import split_rows, validation_loss
 from minids.train.trainer import Trainer
 
+VOCAB = 1024
 # name -> (depth, heads in parallel, whose FLOPs the budget is)
 ARMS = {
     "plain": (0, False, 0),
@@ -66,7 +67,7 @@ class MTPConfig:
 
     out: Path = Path("runs/mtp")
     """Folder for runs.jsonl, mtp.json and the figures; those of the course are in figures/mtp."""
-    seeds: int = 6
+    seeds: int = 5
     """Runs of each arm."""
     tokens: int = 400_000
     """Tokens of a run; the longer arm takes more."""
@@ -107,10 +108,10 @@ def settings(arm: str, seed: int, config: MTPConfig, folder: Path) -> TrainConfi
     """The run's configuration; the text's tokens are cached in ``folder`` for all runs."""
     depth, _, paid = ARMS[arm]
     model = (*MODEL, f"num_nextn_predict_layers={depth}")
-    data = DataConfig(max_bytes=config.max_bytes, vocab_size=1024, cache_dir=str(folder / "cache"))
+    data = DataConfig(max_bytes=config.max_bytes, vocab_size=VOCAB, cache_dir=str(folder / "cache"))
     build = TrainConfig(out=folder / f"{list(ARMS).index(arm)}-{seed}", model=model, seed=seed, data=data,
                         recipe=RecipeConfig(tokens=config.tokens, **RECIPE), micro_batch=8, eval_rows=10_000)  # fmt: skip
-    cfg, length = build.model_config(), build.recipe.sequence_length
+    cfg, length = build.model_config(VOCAB), build.recipe.sequence_length
     ratio = (training_flops(cfg.replace(num_nextn_predict_layers=paid), length)
              / training_flops(cfg.replace(num_nextn_predict_layers=depth), length))  # fmt: skip
     build.recipe.tokens = round(config.tokens * ratio / length) * length
