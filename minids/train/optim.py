@@ -17,7 +17,7 @@ What decays: every tensor of two or more dimensions (projections, experts, gate,
 RMSNorm do not, since decay would pull them from 1 to 0 and only rescale what follows. The report gives the rate and
 not the list; this is the common choice. The balancing bias is a buffer: no gradient, no decay.
 
-Simplifications: moments are FP32 (V3 keeps them in BF16); nothing is sharded.
+Moments are FP32, or BF16 as V3's (`moments`, see minids/train/adamw.py). Simplification: nothing is sharded.
 
 Source: DeepSeek-V3 Technical Report (arXiv 2412.19437), sections 3.3.3 and 4.2.
 """
@@ -27,12 +27,16 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from minids.train.adamw import BF16AdamW
+
 MIN_SCALE = 1.0
 MAX_SCALE = 2.0**24
+MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FULL = (torch.float32, torch.float64)  # weights of these are their own masters
 
 
@@ -52,6 +56,8 @@ class OptimConfig:
     """Largest global gradient norm; 0 switches clipping off."""
     layer_decay: float = 1.0
     """Layer-wise learning rates: layer i of L gets lr * layer_decay^(L - 1 - i), the embedding that of layer 0."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """What AdamW's two moments are stored in (V3: bf16)."""
     loss_scaling: bool = True
     """Dynamic loss scaling; acts with --precision fp16 only."""
     scale_init: float = 65536.0
@@ -62,7 +68,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         rules = {"beta1": (0 <= self.beta1 < 1, "in [0, 1)"), "beta2": (0 <= self.beta2 < 1, "in [0, 1)"),
                  "eps": (self.eps > 0, "> 0"), "weight_decay": (self.weight_decay >= 0, ">= 0"),
-                 "clip": (self.clip >= 0, ">= 0 (0: off)"), "layer_decay": (0 < self.layer_decay <= 1, "in (0, 1]"),
+                 "clip": (self.clip >= 0, ">= 0 (0: off)"), "moments": (self.moments in MOMENTS, "fp32 or bf16"),
+                 "layer_decay": (0 < self.layer_decay <= 1, "in (0, 1]"),
                  "scale_init": (MIN_SCALE <= self.scale_init <= MAX_SCALE, f"in [{MIN_SCALE}, {MAX_SCALE}]"),
                  "growth_interval": (self.growth_interval >= 1, ">= 1")}
         for name, (good, allowed) in rules.items():
@@ -123,10 +130,11 @@ class Optimizer:
             key = (self.config.weight_decay if p.ndim >= 2 else 0.0,
                    layer_factor(name, layers, self.config.layer_decay))
             groups.setdefault(key, []).append(name)
-        self.adamw = torch.optim.AdamW(
-            [{"params": [self.masters[n] for n in names], "weight_decay": decay, "factor": factor}
-             for (decay, factor), names in groups.items()],
-            lr=0.0, betas=(self.config.beta1, self.config.beta2), eps=self.config.eps, fused=True)
+        parts = [{"params": [self.masters[n] for n in names], "weight_decay": decay, "factor": factor}
+                 for (decay, factor), names in groups.items()]
+        settings = {"lr": 0.0, "betas": (self.config.beta1, self.config.beta2), "eps": self.config.eps}
+        half_moments = self.config.moments == "bf16"
+        self.adamw = BF16AdamW(parts, **settings) if half_moments else torch.optim.AdamW(parts, **settings, fused=True)
         self.grad_norm = 0.0
 
     @property
@@ -204,12 +212,19 @@ class Optimizer:
         if unknown or missing:
             raise ValueError(f"optimizer state does not fit the model: missing {sorted(missing)}, "
                              f"unexpected {sorted(unknown)}")
+        for key, tensor in tensors.items():
+            expected = MOMENTS[self.config.moments] if key.startswith("exp_avg") else torch.float32
+            if tensor.dtype != expected:
+                raise ValueError(f"optimizer state {key}: got dtype {tensor.dtype}, expected {expected}, since "
+                                 f"OptimConfig.moments = {self.config.moments!r}")
         for name, master in self.masters.items():
             device = master.device
             if f"master/{name}" in wanted:
                 master.copy_(tensors[f"master/{name}"])
             keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in tensors]
-            self.adamw.state[master] = {k: tensors[f"{k}/{name}"].to(device, torch.float32, copy=True) for k in keys}
+            on_cpu = {"step"} if isinstance(self.adamw, BF16AdamW) else set()
+            self.adamw.state[master] = {
+                k: tensors[f"{k}/{name}"].to("cpu" if k in on_cpu else device, copy=True) for k in keys}
             if not keys:
                 del self.adamw.state[master]
         self.scaler.scale, self.scaler.good_steps = float(values["scale"]), int(values["good_steps"])

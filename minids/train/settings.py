@@ -18,6 +18,7 @@ import torch
 
 from minids.config import ModelConfig
 from minids.data import DataConfig
+from minids.fp8.recipe import RECIPES
 from minids.model.balancer import parse_all
 from minids.pipeline.schedules import NAMES
 from minids.train.optim import OptimConfig
@@ -78,6 +79,9 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16-autocast", "bf16", "fp16"] = "auto"
     """fp32; bf16-autocast (FP32 weights, BF16 products); bf16 or fp16 weights with FP32 masters, fp16 with loss
     scaling. auto: fp32 on the CPU, bf16-autocast on CUDA."""
+    fp8: Literal["none", "v3", "v3_ue8m0", "tensor", "no_promotion", "mx"] = "none"
+    """Linears in FP8 by this recipe of minids.fp8.recipe (V3's: v3), with FP32 weights and gradients; the rest follows
+    `precision`. Simulated where the device has no FP8 tensor cores."""
     micro_batch: int = 16
     """Sequences in one forward pass; a larger global batch is accumulated."""
     document_mask: bool = False
@@ -114,6 +118,14 @@ class TrainConfig:
         allowed = ("auto", "fp32", "bf16-autocast", "bf16", "fp16")
         if self.precision not in allowed:
             raise ValueError(f"precision = {self.precision!r}: must be one of {', '.join(allowed)}")
+        if self.fp8 not in ("none", *RECIPES):
+            raise ValueError(f"fp8 = {self.fp8!r}: must be none or one of {', '.join(RECIPES)}")
+        if self.fp8 != "none" and self.precision in ("bf16", "fp16"):
+            raise ValueError(f"precision = {self.precision!r} with fp8 = {self.fp8!r}: must be auto, fp32 or "
+                             "bf16-autocast, since FP8 training updates FP32 weights")
+        if self.fp8 != "none" and self.pipeline is not None:
+            raise ValueError(f"pipeline = {self.pipeline!r} with fp8 = {self.fp8!r}: must be left out, stages are not "
+                             "converted")
         lows = {"micro_batch": 1, "eval_rows": 1, "save_every": 1, "keep": 1, "max_skips": 1, "eval_every": 0,
                 "sample_tokens": 0, "seed": 0}
         for name, low in lows.items():

@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from minids import checkpoint
 from minids.data import Data, build_data
+from minids.fp8 import to_fp8
 from minids.model.balancer import Balancer
 from minids.model.load import LoadMeter
 from minids.model.transformer import Transformer
@@ -100,7 +101,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         if found is not None:
             return cls._continue(config, data, found)
-        model = new_model(config, data)
+        model = in_fp8(new_model(config, data), config)
         balancer = Balancer.install(model, config.balance)
         optimizer = Optimizer(model, config.optim, model.cfg.num_hidden_layers)
         state.open_folder(out, settings, config.resume)
@@ -114,6 +115,7 @@ class Trainer:
             raise ValueError(f"--resume: the training tokens are not those of the run in {config.folder} (the corpus or "
                              f"the tokenizer has changed): {values['data']} then, {fingerprint(data)} now")
         model = checkpoint.load(found, dtype=DTYPES[config.resolved_precision], device=config.device)
+        model = in_fp8(model, config)
         balancer = Balancer.install(model, config.balance)
         balancer.load_state({k.removeprefix("balance/"): v for k, v in tensors.items() if k.startswith("balance/")})
         optimizer = Optimizer(model, config.optim, model.cfg.num_hidden_layers)
@@ -247,6 +249,11 @@ class Trainer:
                 f"(loss {p.loss}, gradient norm {self.optimizer.grad_norm}); the weights are those of step "
                 f"{p.step - p.skips_in_row}. Lower --recipe.lr, change --precision, or look at the data from row "
                 f"{p.position}; the last checkpoint is {state.latest_checkpoint(self.config.folder)}")
+
+
+def in_fp8(model: Transformer, config: TrainConfig) -> Transformer:
+    """The model, its linears in FP8 where the settings say so."""
+    return model if config.fp8 == "none" else to_fp8(model, config.fp8)
 
 
 def new_model(config: TrainConfig, data: Data) -> Transformer:

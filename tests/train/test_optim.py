@@ -167,22 +167,23 @@ def test_layer_factors_scale_the_update():
     torch.testing.assert_close(moves[1], torch.full((3, 3), 1e-2), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_state_round_trip_continues_bit_for_bit(dtype):
+def test_state_round_trip_continues_bit_for_bit(dtype, moments):
     def steps(net, optimizer, seeds):
         for seed in seeds:
             give_gradients(net, seed)
             optimizer.accumulate()
             optimizer.step(3e-3)
 
-    net = Net(dtype)
-    optimizer = Optimizer(net)
+    net, config = Net(dtype), OptimConfig(moments=moments)
+    optimizer = Optimizer(net, config)
     steps(net, optimizer, range(3))
     tensors, values = optimizer.state()
     tensors = {k: v.clone() for k, v in tensors.items()}
     other = Net(dtype)
     other.load_state_dict(net.state_dict())
-    resumed = Optimizer(other)
+    resumed = Optimizer(other, config)
     resumed.load_state(tensors, values)
     steps(net, optimizer, range(3, 6))
     steps(other, resumed, range(3, 6))
@@ -197,10 +198,55 @@ def test_state_of_another_model_is_refused():
         Optimizer(Net(torch.bfloat16)).load_state(tensors, values)
     with pytest.raises(ValueError, match="exp_avg/other"):
         Optimizer(Net()).load_state({"exp_avg/other": torch.zeros(1)}, values)
+    halves = {"exp_avg/gain": torch.zeros(5, dtype=torch.bfloat16)}
+    with pytest.raises(ValueError, match="exp_avg/gain: got dtype torch.bfloat16, expected torch.float32"):
+        Optimizer(Net()).load_state(halves, values)
+
+
+def bf16(x):
+    """A Python float rounded to 8 significant bits, to nearest even, by integers."""
+    if x == 0:
+        return 0.0
+    mantissa, exponent = math.frexp(x)
+    return math.ldexp(round(mantissa * 256), exponent - 8)
+
+
+def test_bf16_moments_against_scalars():
+    """Every weight by itself, in Python floats; the moments must be the very BF16 numbers."""
+    net = Net()
+    optimizer = Optimizer(net, OptimConfig(clip=0.0, moments="bf16"))
+    weights = {(n, i): w for n, p in net.named_parameters() for i, w in enumerate(p.flatten().tolist())}
+    m, v = dict.fromkeys(weights, 0.0), dict.fromkeys(weights, 0.0)
+    for t in range(1, 8):
+        give_gradients(net, t)
+        grads = {(n, i): g for n, p in net.named_parameters() for i, g in enumerate(p.grad.flatten().tolist())}
+        assert optimizer.step(1e-2)
+        tensors, _ = optimizer.state()
+        for (name, i), g in grads.items():
+            new_m, new_v = 0.9 * m[name, i] + 0.1 * g, 0.95 * v[name, i] + 0.05 * g * g
+            update = new_m / (1 - 0.9**t) / (math.sqrt(new_v / (1 - 0.95**t)) + 1e-8)
+            weights[name, i] -= 1e-2 * (update + (0.1 * weights[name, i] if name == "weight" else 0.0))
+            for key, new in (("exp_avg", new_m), ("exp_avg_sq", new_v)):
+                stored = float(tensors[f"{key}/{name}"].flatten()[i])
+                # FP32 and float64 may fall on either side of a tie: the neighbour is allowed there alone.
+                assert stored in (bf16(new * (1 - 2**-22)), bf16(new * (1 + 2**-22))), (key, name, i, t)
+            m[name, i], v[name, i] = (float(tensors[f"{k}/{name}"].flatten()[i]) for k in ("exp_avg", "exp_avg_sq"))
+    for name, p in net.named_parameters():
+        for i, w in enumerate(p.flatten().tolist()):
+            assert w == pytest.approx(weights[name, i], rel=1e-5, abs=1e-7)
+    assert {t.dtype for k, t in tensors.items() if k.startswith("exp_avg")} == {torch.bfloat16}
+
+
+def test_a_weight_without_a_gradient_keeps_its_bits_under_bf16_moments():
+    net = Net()
+    optimizer, before = Optimizer(net, OptimConfig(moments="bf16")), net.gain.detach().clone()
+    net.weight.grad = torch.ones_like(net.weight)
+    optimizer.step(1e-2)
+    assert torch.equal(net.gain, before) and not any("gain" in k for k in optimizer.state()[0])
 
 
 @pytest.mark.parametrize("change", [{"beta1": 1.0}, {"eps": 0.0}, {"clip": -1.0}, {"layer_decay": 0.0},
-                                    {"scale_init": 0.5}, {"growth_interval": 0}])
+                                    {"scale_init": 0.5}, {"growth_interval": 0}, {"moments": 8}])
 def test_impossible_settings_are_refused_by_name(change):
     (name, value), = change.items()
     with pytest.raises(ValueError, match=f"OptimConfig.{name} = {value}"):

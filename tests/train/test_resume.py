@@ -13,6 +13,7 @@ import torch
 
 from minids.train import state
 from minids.train.metrics import read_metrics
+from minids.train.optim import OptimConfig
 from minids.train.settings import TrainConfig
 from minids.train.trainer import Trainer, train
 
@@ -51,6 +52,8 @@ SWITCHES = {
     "plain": {},
     "switches": {"document_mask": True, "recompute": True, "micro_batch": 3, "precision": "bf16", "keep": 1},
     "fp16": {"precision": "fp16"},
+    "fp8": {"fp8": "v3", "precision": "bf16-autocast", "micro_batch": 3, "optim": OptimConfig(moments="bf16")},
+    "fp8, recomputed": {"fp8": "mx", "recompute": True, "document_mask": True},
     # W_noise is a parameter that a published checkpoint has no place for; its noise comes from the saved generator.
     "noisy top-k": {"balance": ("noisy", "importance", "load"), "precision": "bf16", "model": ("topk_group=4",)},
     "proportional, capacity": {"balance": ("proportional_bias", "capacity:priority=score", "z"), "recompute": True},
