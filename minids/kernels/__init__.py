@@ -1,0 +1,15 @@
+"""Kernels: each operation a file with its PyTorch reference, its Triton kernel and the choice between them (V3 3.3, 3.5).
+
+`backend` says how the choice is made. Triton is optional.
+"""
+
+from minids.kernels.block import dequantize_block, quantize_block
+from minids.kernels.fp8_gemm import fp8_gemm
+from minids.kernels.grouped import grouped_gemm, grouped_wgrad
+from minids.kernels.grouped_fp8 import grouped_fp8_gemm, grouped_fp8_wgrad
+from minids.kernels.quantize import quantize_tile, quantize_tile_both, quantize_tile_t
+
+__all__ = [
+    "dequantize_block", "fp8_gemm", "grouped_fp8_gemm", "grouped_fp8_wgrad", "grouped_gemm", "grouped_wgrad",
+    "quantize_block", "quantize_tile", "quantize_tile_both", "quantize_tile_t",
+]  # fmt: skip
