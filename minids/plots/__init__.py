@@ -2,6 +2,17 @@
 
 from minids.plots.balance import balance_over_time, gamma_sweep, loss_by_kind, node_limit, pareto, specialisation
 from minids.plots.course_map import cache_bars, cost_bars, flop_shares, parameter_squares, system_map
+from minids.plots.fp8 import (
+    accumulation,
+    format_costs,
+    landing,
+    memory_bars,
+    number_lines,
+    outlier_maps,
+    rounding_errors,
+    three_products,
+    value_histograms,
+)
 from minids.plots.inference import (
     cheaper_map,
     compute_or_read,
@@ -30,6 +41,7 @@ from minids.plots.training import loss_curve, smooth
 
 __all__ = [
     "accepted_by_depth",
+    "accumulation",
     "balance_over_time",
     "bias_at_work",
     "cache_bars",
@@ -48,16 +60,21 @@ __all__ = [
     "experts_read",
     "flop_shares",
     "form_times",
+    "format_costs",
     "gamma_sweep",
     "gpu_load_bars",
     "gradient_ranges",
+    "landing",
     "loss_by_kind",
     "loss_by_position",
     "loss_curve",
+    "memory_bars",
     "merged_rank",
     "needle_maps",
     "node_limit",
     "nodes_reached_bars",
+    "number_lines",
+    "outlier_maps",
     "overlap_of_two",
     "packed_row",
     "page_table",
@@ -68,6 +85,7 @@ __all__ = [
     "rejection_rule",
     "roofline",
     "rotation_dials",
+    "rounding_errors",
     "routing_steps",
     "seed_effects",
     "seed_spread",
@@ -80,8 +98,10 @@ __all__ = [
     "step_parts",
     "strategy_loads",
     "system_map",
+    "three_products",
     "tokens_per_step",
     "training_run",
+    "value_histograms",
     "wavelength_chart",
     "wire_times",
     "with_and_without",
