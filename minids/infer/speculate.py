@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -42,13 +43,15 @@ class SpeculationStats:
     steps: int = 0  # verifications of a row
     tokens: int = 0  # tokens that they settled
     proposed: list[int] = field(default_factory=list)  # drafts at position k
-    accepted: list[int] = field(default_factory=list)  # of these accepted, all drafts before them too
+    reached: list[int] = field(default_factory=list)  # of these, with all drafts before them accepted
+    accepted: list[int] = field(default_factory=list)  # of those, accepted themselves
 
     def count(self, proposed: int, accepted: int) -> None:
         """One row's step: so many drafts, the first ``accepted`` of them kept, and one token more."""
         self.steps += 1
         self.tokens += accepted + 1
-        for counts, number in ((self.proposed, proposed), (self.accepted, accepted)):
+        reached = min(accepted + 1, proposed)
+        for counts, number in ((self.proposed, proposed), (self.reached, reached), (self.accepted, accepted)):
             counts.extend([0] * (proposed - len(counts)))
             counts[:number] = [count + 1 for count in counts[:number]]
 
@@ -59,9 +62,8 @@ class SpeculationStats:
 
     @property
     def conditional_acceptance(self) -> list[float]:
-        """The same among the steps whose drafts before k were kept: V3's 85-90% is this figure for k = 1."""
-        before = self.proposed[:1] + self.accepted[:-1]
-        return [a / b if b else float("nan") for a, b in zip(self.accepted, before, strict=True)]
+        """The same among the steps that kept all drafts before k. V3's 85-90% is the figure of k = 1, where both agree."""
+        return [a / r if r else float("nan") for a, r in zip(self.accepted, self.reached, strict=True)]
 
     @property
     def tokens_per_step(self) -> float:
@@ -205,9 +207,11 @@ def settle(logits_BTV: Tensor, rows: Sequence[Row], drafts: Drafts) -> list[list
         else:
             p_BTV = probabilities(logits_BTV[members], temperature, top_p)
             q_BnV = drafts.q_BnV[members] if drafts.q_BnV is not None else p_BTV[:, :0]
+            tokens = [drafts.tokens[row] for row in members]
             # As many numbers as the row has drafts, and one: a row's draws never depend on the other rows.
-            u = [[uniforms([rows[row].generator]) for _ in range(len(drafts.tokens[row]) + 1)] for row in members]
-            new = [accept(p_BTV[i], q_BnV[i], drafts.tokens[row], torch.cat(u[i])) for i, row in enumerate(members)]
+            u = [torch.rand(len(drafts.tokens[row]) + 1, generator=rows[row].generator, dtype=torch.float64)
+                 for row in members]  # fmt: skip
+            new = accept(p_BTV, q_BnV, tokens, u)
         for row, tokens in zip(members, new, strict=True):
             found[row] = tokens
     return found
@@ -221,19 +225,26 @@ def accept_greedy(best: list[int], drafts: list[int]) -> list[int]:
     return best[: agreed + 1]
 
 
-def accept(p_TV: Tensor, q_nV: Tensor, drafts: list[int], u: Tensor) -> list[int]:
-    """The rejection rule for one row: accepted drafts and the token after them.
+def accept(p_BTV: Tensor, q_BnV: Tensor, drafts: list[list[int]], u: list[Tensor]) -> list[list[int]]:
+    """The rejection rule: each row's accepted drafts and the token after them.
 
-    p (n + 1, V), q (>= n, V): the model's and the drafts' distributions at each position; u (n + 1,) float64 uniforms in
-    [0, 1), one a draft and one for the last token.
+    p (B, n + 1, V), q (B, n, V): the model's and the drafts' distributions at each position. Row b has proposed
+    ``drafts[b]``, up to n tokens, and brings u[b], one float64 uniform in [0, 1) a draft and one for its last token.
     """
-    for k, token in enumerate(drafts):
-        if not u[k] * q_nV[k, token].double() < p_TV[k, token].double():  # u < p / q
-            residual_V = (p_TV[k] - q_nV[k]).clamp_min(0)
-            if not residual_V.any():  # p = q but for rounding
-                residual_V = p_TV[k]
-            return [*drafts[:k], draw(residual_V.unsqueeze(0), u[-1:]).item()]
-    return [*drafts, draw(p_TV[len(drafts)].unsqueeze(0), u[-1:]).item()]
+    device, n = p_BTV.device, q_BnV.shape[1]
+    drafts_Bn = torch.tensor(pad(drafts, n), dtype=torch.int64, device=device).view(len(drafts), n)
+    u_Bn = torch.stack([F.pad(row[:-1], (0, n + 1 - len(row))) for row in u]).to(device)
+    p_Bn, q_Bn = (x[:, :n].gather(-1, drafts_Bn.unsqueeze(-1)).squeeze(-1).double() for x in (p_BTV, q_BnV))
+    proposed = torch.arange(n, device=device) < torch.tensor([[len(row)] for row in drafts], device=device)
+    kept_B = ((u_Bn * q_Bn < p_Bn) & proposed).long().cumprod(1).sum(1)  # u < p / q, up to the first that is not
+    index, counts = torch.arange(len(drafts), device=device), kept_B.tolist()
+    rest_BV = p_BTV[index, kept_B]
+    for row, (count, tokens) in enumerate(zip(counts, drafts, strict=True)):
+        if count < len(tokens):
+            residual_V = (p_BTV[row, count] - q_BnV[row, count]).clamp_min(0)
+            rest_BV[row] = residual_V if residual_V.any() else rest_BV[row]  # all 0: p = q but for rounding
+    last = draw(rest_BV, torch.stack([row[-1] for row in u])).tolist()
+    return [[*tokens[:count], token] for tokens, count, token in zip(drafts, counts, last, strict=True)]
 
 
 def alike(rows: Sequence[Row]) -> list[tuple[list[int], float, float]]:
