@@ -80,7 +80,7 @@ class Timeline:
 
 
 class Durations:
-    """How long each action takes. f, b, w, i: a number or one a stage; fb: None (F + B), a number, or a function of both."""
+    """How long each action takes. f, b, w, i: a number or one a stage; fb: None (F + B), a number or a function of both."""
 
     def __init__(self, schedule: Schedule, f, b, w, fb, i, slowdown):
         stages = schedule.stages

@@ -1,0 +1,199 @@
+"""Pictures, traces and the command: what is in the files, not only that there are some."""
+
+import json
+import re
+from collections import Counter, defaultdict
+
+import pytest
+
+from minids.cli import main
+from minids.pipeline import NAMES, build_schedule
+from minids.pipeline.draw import PALETTE, blend, colour, ink_on, legend_of, paint, picture, shades
+from minids.pipeline.poster import compare, poster, poster_picture
+from minids.pipeline.trace import trace_events
+
+
+def written_numbers(fig):
+    return [text.get_text() for ax in fig.axes for text in ax.texts]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cell_for_every_part_with_its_number(name):
+    schedule = build_schedule(name, ranks=4, micro_batches=8)
+    parts = [part for row in schedule.actions for action in row for part in action.parts()]
+    fig = picture(schedule.simulate())
+    assert Counter(written_numbers(fig)) == Counter(str(part.micro_batch) for part in parts)
+    rows, cells, borders = fig.axes[0].collections
+    assert len(rows.get_paths()) == 4 and len(cells.get_paths()) == len(parts)
+    assert len(borders.get_paths()) == sum(action.kind == "FB" for row in schedule.actions for action in row)
+
+
+def test_cells_stand_where_the_clock_says():
+    timeline = build_schedule("dualpipe", ranks=4, micro_batches=8).simulate(fb=2)
+    cells = picture(timeline).axes[0].collections[1].get_paths()
+    drawn = {(round(float(p.vertices[:, 0].min()), 6), round(float(p.vertices[:, 0].max()), 6), int(p.vertices[:, 1].min()))
+             for p in cells}  # fmt: skip
+    assert drawn == {(cell.start, cell.end, rank) for rank, row in enumerate(timeline.cells) for cell in row}
+    heights = Counter(round(float(p.vertices[:, 1].max() - p.vertices[:, 1].min()), 2) for p in cells)
+    pairs = sum(action.kind == "FB" for row in timeline.schedule.actions for action in row)
+    assert heights[0.44] == 2 * pairs > 0  # the halves of split cells
+
+
+def lightness(rgb):
+    return 0.2126 * rgb[0] + 0.7152 * rgb[1] + 0.0722 * rgb[2]
+
+
+def test_ways_and_kinds_can_be_told_apart_in_greyscale():
+    """Light and dark ways are apart by 0.15 at least, kinds of one way by 0.05, and numbers have contrast 4 or more."""
+    light, dark = ([lightness(blend(*PALETTE[kind], way)) for kind in "FIBW"] for way in (0, 1))
+    assert min(light) > max(dark) + 0.15
+    for row in (light, dark):
+        assert all(a > b + 0.05 for a, b in zip(row, row[1:], strict=False))
+    for kind in PALETTE:
+        for way in (0, 1):
+            rgb = blend(*PALETTE[kind], way)
+            linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
+            ink = 1.0 if ink_on(rgb) == "white" else 0.016
+            one, two = sorted((lightness(linear) + 0.05, ink + 0.05))
+            assert two / one > 4
+
+
+def test_directions_and_rounds_have_their_own_shade():
+    schedule = build_schedule("dualpipe", ranks=4, micro_batches=8)
+    assert shades(schedule) == {(d, s): float(d) for d in (0, 1) for s in range(4)}
+    assert colour(schedule.actions[0][0], shades(schedule)) != colour(schedule.actions[3][0], shades(schedule))
+    v = build_schedule("zbv", ranks=4, micro_batches=8)
+    assert [shades(v)[0, s] for s in range(8)] == [0, 0, 0, 0, 1, 1, 1, 1]
+    three = build_schedule("interleaved_1f1b", ranks=2, micro_batches=4, chunks=3)
+    assert [shades(three)[0, s] for s in range(6)] == [0, 0, 0.5, 0.5, 1, 1]
+    labels = [entry.get_label() for entry in legend_of(three.simulate())]
+    assert "forward, round 2" in labels and "overlapped pair, one border" not in labels
+    assert "weight gradient, up the V" in [entry.get_label() for entry in legend_of(v.simulate())]
+
+
+@pytest.mark.parametrize("suffix,start", [(".svg", b"<?xml"), (".png", b"\x89PNG"), (".pdf", b"%PDF")])
+def test_files_are_whole_and_the_same_each_time(tmp_path, suffix, start):
+    schedule = build_schedule("dualpipe", ranks=4, micro_batches=8)
+    files = [schedule.draw(tmp_path / f"{k}{suffix}") for k in range(2)]
+    assert all(file.read_bytes().startswith(start) for file in files)
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"0{suffix}", f"1{suffix}"]  # no temporary file is left
+
+
+def test_svg_text_stays_text(tmp_path):
+    schedule = build_schedule("dualpipe", ranks=8, micro_batches=20)
+    svg = schedule.draw(tmp_path / "a.svg").read_text(encoding="utf-8")
+    assert "DualPipe, 8 ranks, 20 micro-batches: makespan 66, bubble 6 (9.1%)" in svg
+    assert len(re.findall(r"<text", svg)) > sum(len(a.parts()) for row in schedule.actions for a in row)
+
+
+def test_numbers_are_left_out_where_they_do_not_fit(tmp_path):
+    timeline = build_schedule("1f1b", ranks=2, micro_batches=300).simulate()
+    assert written_numbers(picture(timeline, width=6)) == []
+    assert picture(build_schedule("1f1b", ranks=2, micro_batches=4000).simulate()).get_figwidth() <= 41
+
+
+def test_bad_paths_are_refused_before_work(tmp_path):
+    schedule = build_schedule("gpipe", ranks=2, micro_batches=2)
+    with pytest.raises(ValueError, match="must end in .svg, .png, .pdf"):
+        schedule.draw(tmp_path / "a.jpg")
+    with pytest.raises(ValueError, match="the folder .* does not exist"):
+        schedule.draw(tmp_path / "no" / "a.svg")
+
+
+def test_poster(tmp_path):
+    timelines = compare(8, 24)
+    fig = poster_picture(timelines)
+    assert len(fig.axes) == 7
+    words = [text.get_text() for text in fig.texts]
+    assert any("bubble 6 of 78 (7.7%)\nactivations 9\nparameters 2x" == word for word in words)
+    widths = {name: ax.get_position().width for name, ax in zip(timelines, fig.axes, strict=True)}
+    assert widths["gpipe"] / widths["zbv"] == pytest.approx(93 / 75.5)  # one time axis
+    assert poster(tmp_path / "p.svg", ranks=4, micro_batches=8).exists()
+
+
+def test_paint_into_given_axes():
+    from matplotlib.figure import Figure
+
+    ax = Figure().add_subplot()
+    paint(ax, build_schedule("gpipe", ranks=2, micro_batches=2).simulate(), inch=0.3, numbers=False)
+    assert not ax.texts and ax.get_xlim() == (0, 9)
+
+
+# ---- trace -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["1f1b", "dualpipe", "dualpipe_v"])
+def test_trace_events_are_valid(name):
+    """What Perfetto needs: known phases with their fields, slices of a track that do not overlap, arrows in pairs."""
+    timeline = build_schedule(name, ranks=4, micro_batches=8).simulate(comm=0.25)
+    trace = json.loads(json.dumps(trace_events(timeline)))
+    tracks, flows, counters = defaultdict(list), defaultdict(list), defaultdict(list)
+    for event in trace["traceEvents"]:
+        assert isinstance(event["pid"], int) and isinstance(event["tid"], int) and event["ph"] in "MXCsf"
+        if event["ph"] == "X":
+            assert event["dur"] > 0 and event["ts"] >= 0 and event["name"]
+            tracks[event["pid"], event["tid"]].append((event["ts"], event["ts"] + event["dur"]))
+        elif event["ph"] in "sf":
+            flows[event["id"]].append(event)
+        elif event["ph"] == "C":
+            counters[event["pid"]].append(event["args"]["live"])
+    for slices in tracks.values():
+        slices.sort()
+        assert all(a[1] <= b[0] for a, b in zip(slices, slices[1:], strict=False))
+    parts = sum(len(a.parts()) for row in timeline.schedule.actions for a in row)
+    assert sum(map(len, tracks.values())) == parts
+    for start, finish in flows.values():
+        assert (start["ph"], finish["ph"], finish["bp"]) == ("s", "f", "e")
+        assert start["pid"] != finish["pid"] and start["ts"] < finish["ts"] and start["name"] == finish["name"]
+        assert any(a <= start["ts"] < b for a, b in tracks[start["pid"], start["tid"]])
+        assert any(a <= finish["ts"] < b for a, b in tracks[finish["pid"], finish["tid"]])
+    hops = {"1f1b": 3, "dualpipe": 3, "dualpipe_v": 6}[name]  # hand-overs between ranks, of a micro-batch one way
+    assert len(flows) == 2 * hops * 8
+    assert [max(counters[rank]) for rank in range(4)] == timeline.peak_activations
+    assert all(counters[rank][-1] == 0 for rank in range(4))
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_a_table_and_writes_both_files(tmp_path, capsys):
+    main(["schedule", "dualpipe", "--ranks", "8", "--micro-batches", "20", "--out", str(tmp_path / "d.svg"),
+          "--chrome-trace", str(tmp_path / "t.json")])  # fmt: skip
+    out = capsys.readouterr().out
+    assert "makespan 66, bubble 6 (9.1%)" in out and "by the papers' formula 6, by the clock 6\n" in out
+    row = next(line.split() for line in out.splitlines() if line.startswith("   0"))
+    assert row == ["0", "60", "6", "9.1%", "9", "2x"]
+    assert (tmp_path / "d.svg").stat().st_size > 50_000
+    assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+
+
+def test_the_command_says_when_a_formula_does_not_apply(capsys):
+    main(["schedule", "zb1p", "--ranks", "4", "--micro-batches", "8", "--b", "2.5", "--w", "1.5"])
+    assert "formula 1.5, by the clock 3; its assumptions are not met" in capsys.readouterr().out
+    main(["schedule", "1f1b", "--ranks", "4", "--micro-batches", "8", "--comm", "0.5"])
+    assert "; hand-overs take time" in capsys.readouterr().out
+
+
+def test_all_draws_the_poster(tmp_path, capsys):
+    main(["schedule", "all", "--ranks", "4", "--micro-batches", "10", "--out", str(tmp_path / "all.png")])
+    out = capsys.readouterr().out
+    assert "interleaved_1f1b does not accept 4 ranks with 10 micro-batches" in out
+    assert "dualpipe         bubble 2 of 32" in out
+    assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (["dualpipe", "--ranks", "7"], "ranks must be even for dualpipe, got 7"),
+    (["dualpipe", "--micro-batches", "14"], "an even number of at least 16, got 14"),
+    (["nope"], "allowed: gpipe"), (["gpipe", "--out", "x.jpg"], "must end in .svg, .png, .pdf"),
+    (["gpipe", "--out", "no/such/x.svg"], "does not exist"), (["gpipe", "--chrome-trace", "x.txt"], "must be a .json file"),
+    (["gpipe", "--w", "3"], "w must not exceed b"), (["gpipe", "--f", "-1"], "f must be a time of at least 0, got -1"),
+    (["gpipe", "--f", "nan"], "f must be a time"), (["gpipe", "--f", "0", "--b", "0", "--w", "0"], "must not both be 0"),
+    (["gpipe", "--comm-mode", "x"], "comm_mode must be one of"), (["all", "--chunks", "2"], "all draws a poster"),
+    (["gpipe", "--chunks", "2"], "chunks is for interleaved_1f1b"),
+])  # fmt: skip
+def test_bad_input_ends_with_status_2_and_says_what_is_allowed(arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["schedule", *arguments])
+    assert ended.value.code == 2 and message in capsys.readouterr().err
