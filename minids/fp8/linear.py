@@ -99,7 +99,7 @@ class Fp8Linear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         check_input(x, self.in_features)
         engine = engine_for(self.recipe, x.device)
-        given = self.shared.rows(engine, x) if self.shared is not None else None
+        given = self.shared.rows(engine, x) if self.shared is not None and torch.is_grad_enabled() else None
         source = source_of(x) if self.recipe.recompute and not self.wide_input else None
         return _Fp8Linear.apply(x, self.weight, engine, self.wide_input, given, source)
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from minids.fp8.formats import E4M3, E5M6, Format
-from minids.fp8.quantize import _from_groups, _to_groups, scale_of
+from minids.fp8.quantize import _to_groups, scale_of
 
 E4M3_AS_HALF = 2.0**8  # E4M3's bits, put where FP16 has them, mean 2^-8 of the number: the biases are 7 and 15
 
@@ -82,9 +82,11 @@ def _half_bits(q: Tensor) -> Tensor:
 
 
 def _trim(groups: Tensor, shape: torch.Size) -> Tensor:
-    """`_from_groups`, without the copy where nothing was filled up."""
+    """(..., n, r, k, c) -> (..., M, C) without the filling, nor its memory."""
     whole = groups.flatten(-2).flatten(-3, -2)
-    return whole if whole.shape == shape else _from_groups(groups, shape)
+    if whole.shape == shape:
+        return whole
+    return whole[..., : shape[-2], : shape[-1]].clone(memory_format=torch.contiguous_format)
 
 
 def join(first: Operand, second: Operand) -> Operand:

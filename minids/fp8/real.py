@@ -19,9 +19,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minids import kernels
 from minids.fp8.operands import Kept12, Operand
 from minids.fp8.products import Simulated
+from minids.kernels import (
+    fp8_gemm,
+    grouped_fp8_gemm,
+    grouped_fp8_wgrad,
+    quantize_block,
+    quantize_tile,
+    quantize_tile_t,
+)
 
 
 class Columns(NamedTuple):
@@ -35,7 +42,7 @@ class RealBlocks(Simulated):
     """Tiles and blocks by minids.kernels."""
 
     def rows(self, x_MC: Tensor, exact: bool = False) -> Operand:
-        return Operand(*kernels.quantize_tile(x_MC.contiguous(), scale=self._scale(exact)), (1, 128))
+        return Operand(*quantize_tile(x_MC.contiguous(), scale=self._scale(exact)), (1, 128))
 
     def columns(self, x_MC: Tensor, exact: bool = False) -> Columns:
         return Columns(x_MC.contiguous(), self._scale(exact))
@@ -49,7 +56,7 @@ class RealBlocks(Simulated):
         return self.columns(slots.dequantize(torch.bfloat16))  # dispatched with powers of two
 
     def weight(self, w: Tensor) -> tuple[Operand, Operand]:
-        found = Operand(*kernels.quantize_block(w.contiguous(), scale=self.recipe.scale), (128, 128))
+        found = Operand(*quantize_block(w.contiguous(), scale=self.recipe.scale), (128, 128))
         return found, found
 
     def joined_weight(self, gate: Tensor, up: Tensor | None) -> tuple[Operand, Operand]:
@@ -63,8 +70,8 @@ class RealBlocks(Simulated):
 
     def fprop(self, x: Operand, w: Operand, dtype: torch.dtype, ends: Tensor | None = None) -> Tensor:
         if ends is None:
-            return kernels.fp8_gemm(x.q, x.scale_inv, w.q, w.scale_inv, out_dtype=dtype)
-        return kernels.grouped_fp8_gemm(x.q, x.scale_inv, w.q, w.scale_inv, ends, out_dtype=dtype)
+            return fp8_gemm(x.q, x.scale_inv, w.q, w.scale_inv, out_dtype=dtype)
+        return grouped_fp8_gemm(x.q, x.scale_inv, w.q, w.scale_inv, ends, out_dtype=dtype)
 
     def dgrad(self, dy: Operand, w: Operand, dtype: torch.dtype, ends: Tensor | None = None) -> Tensor:
         turned = Operand(turn(w.q), w.scale_inv.transpose(-1, -2).contiguous(), w.group)
@@ -72,9 +79,9 @@ class RealBlocks(Simulated):
 
     def wgrad(self, dy: Columns, x: Columns, ends: Tensor | None = None) -> Tensor:
         if ends is not None:
-            return kernels.grouped_fp8_wgrad(dy.x, x.x, ends, scale=self.recipe.scale)
-        factors = (*kernels.quantize_tile_t(dy.x, scale=dy.scale), *kernels.quantize_tile_t(x.x, scale=x.scale))
-        return kernels.fp8_gemm(*factors, out_dtype=torch.float32)
+            return grouped_fp8_wgrad(dy.x, x.x, ends, scale=self.recipe.scale)
+        factors = (*quantize_tile_t(dy.x, scale=dy.scale), *quantize_tile_t(x.x, scale=x.scale))
+        return fp8_gemm(*factors, out_dtype=torch.float32)
 
     def _scale(self, exact: bool) -> str:
         return "ue8m0" if exact else self.recipe.scale

@@ -37,12 +37,13 @@ def collect(a_MK: Tensor, b_KN: Tensor, bits: int) -> Tensor:
 
 
 def promoted(a_MK: Tensor, a_scale_Ms: Tensor, b_KN: Tensor, b_scale_sN: Tensor, bits: int, stretch: int | None) -> Tensor:
-    """The sum of scaled partial sums of ``stretch`` products each (None: one sum of all)."""
+    """The sum of scaled partial sums of ``stretch`` products each (None: one sum of all). s may be 1: one scale for all."""
     stretch = stretch or max(a_MK.shape[1], 1)
     total = torch.zeros(a_MK.shape[0], b_KN.shape[1], device=a_MK.device)
     for i, k in enumerate(range(0, a_MK.shape[1], stretch)):
         part = collect(a_MK[:, k : k + stretch], b_KN[k : k + stretch], bits)
-        total.addcmul_(part.mul_(a_scale_Ms[:, i, None]), b_scale_sN[i].expand_as(part))
+        a_scale, b_scale = a_scale_Ms[:, min(i, a_scale_Ms.shape[1] - 1)], b_scale_sN[min(i, len(b_scale_sN) - 1)]
+        total.addcmul_(part.mul_(a_scale.unsqueeze(1)), b_scale.expand_as(part))
     return total
 
 
