@@ -35,7 +35,6 @@ class Rollout:
     entropy: float  # mean over the answers' tokens of the entropy they were drawn from, nats
 
 
-@torch.inference_mode()
 def rollout(model: Transformer, prompts: Sequence[Sequence[int]], group: int, max_new_tokens: int, *, eos_id: int,
             temperature: float = 1.0, generator: torch.Generator | None = None) -> Rollout:  # fmt: skip
     """``group`` answers to each prompt, of at most ``max_new_tokens`` tokens.
@@ -72,14 +71,15 @@ def rollout(model: Transformer, prompts: Sequence[Sequence[int]], group: int, ma
         entropies[row].append(pending[row][1])
         return token == eos_id or len(answers[row]) == max_new_tokens
 
-    logits_QV, cache = prefill(model, prompts, max_new_tokens)
-    check_finite(logits_QV, "after the prompts")
-    question_B = torch.arange(len(prompts), device=logits_QV.device).repeat_interleave(group)
-    cache.select(question_B)
-    tokens_B = choose(logits_QV[question_B], list(range(n)))
-    done = [emit(row, token) for row, token in enumerate(tokens_B.tolist())]
-    decode(model, cache, tokens_B, done, choose, emit)
-    repeated = [prompts[q] for q in question_B.tolist()]
+    with torch.inference_mode():
+        logits_QV, cache = prefill(model, prompts, max_new_tokens)
+        check_finite(logits_QV, "after the prompts")
+        question_B = torch.arange(len(prompts), device=logits_QV.device).repeat_interleave(group)
+        cache.select(question_B)
+        tokens_B = choose(logits_QV[question_B], list(range(n)))
+        done = [emit(row, token) for row, token in enumerate(tokens_B.tolist())]
+        decode(model, cache, tokens_B, done, choose, emit)
+    repeated = [prompt for prompt in prompts for _ in range(group)]
     flat = [value for row in entropies for value in row]
     return _padded(repeated, answers, logps, sum(flat) / len(flat), logits_QV.device)
 
