@@ -78,12 +78,19 @@ def test_by_hand():
     assert matmul(a, ones, bits=16).item() == 448.25 + 4 / 64  # two more bits hold 1/64
 
 
+def test_the_sum_is_cut_exactly():
+    """1 - 2^-26 lies below 1, so its leading 14 bits are those of 1 - 2^-14; rounded to FP32 first it would be 1."""
+    a, b = torch.zeros(1, 64), torch.zeros(64, 1)
+    a[0, 0] = b[0] = 1.0
+    a[0, 40], b[40] = -(2.0**-13), 2.0**-13
+    assert matmul(a, b).item() == 1 - 2.0**-14
+
+
 def test_small_sums_stand_still_beside_a_large_one():
-    """8192 + 1/2 needs 15 bits. In one accumulator every later half is lost; promoted, none is."""
+    """8064 in 14 bits has a last place of 1/2: halves are added, quarters are lost for ever. Promoted, none is."""
     a = torch.zeros(1, 1024)
     a[0, 0], a[0, 128::32] = 448.0, 0.5
     b = torch.ones(1024, 1)
-    b[0] = 8192 / 448
     b[0] = 18.0  # 448 * 18 = 8064, 13 bits: 4096 <= 8064 < 8192, its last place is 2^-1
     assert matmul(a, b, promote_every=None).item() == 8064 + 28 * 0.5
     a[0, 128::32] = 0.25

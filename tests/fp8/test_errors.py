@@ -9,13 +9,14 @@ from minids.fp8.errors import GRANULARITIES, error_stats, error_table
 
 
 def test_by_hand():
-    """Per tensor, scale 1: 448 stays, 1.0625 becomes 1, 2^-8 stays subnormal, 2^-11 becomes 0, 0 counts nowhere."""
-    stats = error_stats(torch.tensor([[448.0, 1.0625, 2.0**-8, 2.0**-11, 0.0]]), granularity="tensor")
-    lost = math.hypot(0.0625, 2.0**-11) / math.sqrt(448**2 + 1.0625**2 + 2.0**-16 + 2.0**-22)
+    """Per tensor, scale 1: 448 and 2^-6, the smallest normal number, stay, 1.0625 becomes 1, 2^-8 stays subnormal, 2^-11
+    becomes 0, 0 counts nowhere."""
+    stats = error_stats(torch.tensor([[448.0, 1.0625, 2.0**-6, 2.0**-8, 2.0**-11, 0.0]]), granularity="tensor")
+    lost = math.hypot(0.0625, 2.0**-11) / math.sqrt(448**2 + 1.0625**2 + 2.0**-12 + 2.0**-16 + 2.0**-22)
     assert stats.relative_error == pytest.approx(lost, rel=1e-9)
     assert stats.sqnr_db == pytest.approx(-20 * math.log10(lost), rel=1e-9)
-    assert stats.median == 0 and stats.underflow == 1 / 4 and stats.subnormal == 2 / 4 and stats.saturation == 0
-    assert stats.bits == 8 + 32 / 5
+    assert stats.median == 0 and stats.underflow == 1 / 5 and stats.subnormal == 2 / 5 and stats.saturation == 0
+    assert stats.bits == 8 + 32 / 6
 
 
 def test_saturation_is_mxs_alone():
