@@ -4,14 +4,17 @@ from typing import Annotated
 
 import tyro
 
-from minids.experiments import balance, mtp
+from minids.experiments import balance, fp8, mtp
 
 BALANCE = tyro.conf.subcommand("balance", description="Every balancing strategy over a sweep of its coefficient.")
 MTP = tyro.conf.subcommand("mtp", description="With and without MTP, at equal tokens and at equal FLOPs.")
-ExperimentConfig = Annotated[balance.BalanceConfig, BALANCE] | Annotated[mtp.MTPConfig, MTP]
+FP8 = tyro.conf.subcommand("fp8", description="BF16 against V3's FP8 and others: one model, seed and order of rows.")
+ExperimentConfig = (
+    Annotated[balance.BalanceConfig, BALANCE] | Annotated[mtp.MTPConfig, MTP] | Annotated[fp8.Fp8Config, FP8]
+)
 
 
-def run_experiment(config: balance.BalanceConfig | mtp.MTPConfig) -> dict:
+def run_experiment(config: balance.BalanceConfig | mtp.MTPConfig | fp8.Fp8Config) -> dict:
     """Returns what the experiment's JSON file holds."""
-    experiment = balance if isinstance(config, balance.BalanceConfig) else mtp
-    return experiment.run(config)
+    kinds = {balance.BalanceConfig: balance, mtp.MTPConfig: mtp, fp8.Fp8Config: fp8}
+    return kinds[type(config)].run(config)

@@ -1,0 +1,46 @@
+"""Figures of training in FP8: how far its loss is from BF16's."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from minids.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, styled
+
+# name -> (label, colour, line)
+LINES = {
+    "bf16": ("BF16", "black", "-"), "bf16_split": ("BF16, other roundings", GREY, "-"), "fp32": ("FP32", GREY, ":"),
+    "v3": ("V3's FP8", BLUE, "-"), "v3_ue8m0": ("V3.1: power-of-two scales", GREEN, "-"),
+    "tensor": ("a scale a tensor", ORANGE, "-"), "no_promotion": ("a scale a tensor, no promotion", RED, "-"),
+    "mx": ("MX, blocks of 32", PURPLE, "-"),
+}  # fmt: skip
+
+
+def smoothed(losses: list[float], coefficient: float) -> list[float]:
+    found = []
+    for loss in losses:
+        found.append(loss if not found else coefficient * found[-1] + (1 - coefficient) * loss)
+    return found
+
+
+@styled
+def loss_differences(result: dict) -> Figure:
+    """Smoothed losses of the variants, and their relative differences from BF16 beside V3's 0.25%: from fp8.json."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(1, 1.5))
+    for name, run in result["variants"].items():
+        label, colour, line = LINES[name]
+        steps = range(1, len(run["losses"]) + 1)
+        left.plot(steps, smoothed(run["losses"], result["ema"]), line, color=colour, linewidth=1)
+        if name in result["differences"]:
+            found = result["differences"][name]
+            text = f"{label}: at most {100 * found['largest']:.2f}%"
+            start = int(result["settled"] * len(found["curve"]))
+            right.plot(range(start + 1, len(found["curve"]) + 1), [100 * d for d in found["curve"][start:]], line,
+                       color=colour, linewidth=2 if name == "v3" else 1.1, label=text)  # fmt: skip
+    left.set(xlabel="optimizer step", ylabel="loss (nats a token), EMA 0.9", title="all curves lie on each other")
+    right.axhspan(-100 * result["claim"], 100 * result["claim"], color=BLUE, alpha=0.08, linewidth=0)
+    right.axhline(0, color="black", linewidth=0.8)
+    right.set(xlabel="optimizer step", ylabel="difference of the loss from BF16's (%)",
+              title=f"within V3's {100 * result['claim']:g}%?")  # fmt: skip
+    right.legend(fontsize=8)
+    return fig
