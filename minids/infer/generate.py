@@ -129,27 +129,33 @@ def compact(slots: list[int], done: list[bool], tokens_B: Tensor, cache: LatentC
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, vocab_size: int, limit: int) -> list[list[int]]:
     """The prompts as lists of plain integers. Raises if one is empty, too long, or outside the vocabulary."""
+    check_max_new_tokens(max_new_tokens)
+    return [check_prompt(f"prompts[{row}]", prompt, max_new_tokens, vocab_size, limit)
+            for row, prompt in enumerate(prompts)]  # fmt: skip
+
+
+def check_max_new_tokens(max_new_tokens: int) -> None:
+    """Raises TypeError or ValueError unless it is a positive integer."""
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
         raise TypeError(f"max_new_tokens must be an integer, got {max_new_tokens!r}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    return [check_prompt(row, prompt, max_new_tokens, vocab_size, limit) for row, prompt in enumerate(prompts)]
 
 
-def check_prompt(row: int, prompt: Sequence[int], max_new_tokens: int, vocab_size: int, limit: int) -> list[int]:
-    """One prompt of `check_prompts`."""
+def check_prompt(name: str, prompt: Sequence[int], max_new_tokens: int, vocab_size: int, limit: int) -> list[int]:
+    """One prompt of `check_prompts`, which errors call ``name``."""
     try:
         tokens = [index(token) for token in prompt]
     except TypeError:
-        raise TypeError(f"prompts[{row}] must be a sequence of token ids, got {prompt!r}") from None
+        raise TypeError(f"{name} must be a sequence of token ids, got {prompt!r}") from None
     if not tokens:
-        raise ValueError(f"prompts[{row}] is empty; a prompt needs at least one token (for example the bos token)")
+        raise ValueError(f"{name} is empty; a prompt needs at least one token (for example the bos token)")
     for position, token in enumerate(tokens):
         if not 0 <= token < vocab_size:
-            raise ValueError(f"prompts[{row}][{position}] is token {token}; allowed are 0 to {vocab_size - 1} (vocab_size)")
+            raise ValueError(f"{name}[{position}] is token {token}; allowed are 0 to {vocab_size - 1} (vocab_size)")
     if len(tokens) + max_new_tokens > limit:
         raise ValueError(
-            f"prompts[{row}] has {len(tokens)} tokens; with max_new_tokens={max_new_tokens} that is "
+            f"{name} has {len(tokens)} tokens; with max_new_tokens={max_new_tokens} that is "
             f"{len(tokens) + max_new_tokens}, but max_position_embeddings is {limit}"
         )
     return tokens
@@ -164,12 +170,16 @@ def row_seeds(seed: int | Sequence[int], rows: int) -> list[int]:
     return [seed] if not isinstance(seed, int) else [seed + row for row in range(rows)]
 
 
-def stop_tokens(eos_token_id: int | Iterable[int] | None, vocab_size: int) -> frozenset[int]:
-    """The set of tokens that end a row. Raises ValueError for one outside the vocabulary, which could never be reached."""
-    if eos_token_id is None:
+def stop_tokens(tokens: int | Iterable[int] | None, vocab_size: int, name: str = "eos_token_id") -> frozenset[int]:
+    """The set of tokens that end a row. Raises TypeError for what is no token, ValueError for one outside the vocabulary,
+    which could never be reached; errors call them ``name``."""
+    if tokens is None:
         return frozenset()
-    stop = frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
-    for token in stop:
+    try:
+        stop = frozenset(index(token) for token in ([tokens] if isinstance(tokens, int) else tokens))
+    except TypeError:
+        raise TypeError(f"{name} must be one or several token ids, got {tokens!r}") from None
+    for token in sorted(stop):
         if not 0 <= token < vocab_size:
-            raise ValueError(f"eos_token_id must be in 0 to {vocab_size - 1} (vocab_size), got {token}")
+            raise ValueError(f"{name} must be in 0 to {vocab_size - 1} (vocab_size), got {token}")
     return stop

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from minids.infer.sampling import check_finite, draw, greedy, probabilities, uniforms
+from minids.infer.sampling import draw, greedy, probabilities, uniforms
 from minids.model.cache import Slots
 from minids.model.mtp_cached import mtp_depth, shift
 from minids.model.transformer import Transformer
@@ -88,6 +88,7 @@ class Row:
     temperature: float
     top_p: float
     n_drafts: int
+    failed: bool = False
 
     @property
     def drafts_now(self) -> int:
@@ -130,27 +131,42 @@ def write(model: Transformer, cache: Slots, rows: Sequence[Row], emit: Callable[
             cache.select(torch.tensor(going, device=cache.lengths.device))
             live = [live[place] for place in going]
         for row, new in zip(live, step(model, cache, [rows[row] for row in live], stats), strict=True):
+            if rows[row].failed:
+                raise FloatingPointError(f"the model's logits are not finite (NaN or infinity) in row {row}, at its token "
+                                         f"{rows[row].length + 1}")  # fmt: skip
             if any(emit(row, token) for token in new):  # as far as the first that ends the row
                 rows[row].remaining = 0
 
 
 def step(model: Transformer, cache: Slots, rows: Sequence[Row], stats: SpeculationStats | None = None) -> list[list[int]]:
-    """Draft, verify, accept: each row's new tokens, at least one; ``rows`` and the cache move on. Raises
-    FloatingPointError if the model's logits are not finite."""
+    """Draft, verify, accept: each row's new tokens, at least one; ``rows`` and the cache move on. A row whose logits are
+    not finite gets none, and ``failed``; the others do not notice."""
     drafts = propose(model, cache, rows)
     fed = [[row.fresh[-1], *tokens] for row, tokens in zip(rows, drafts.tokens, strict=True)]
     out = model(torch.tensor(pad(fed, max(map(len, fed))), device=cache.lengths.device), cache=cache)
-    check_finite(out.logits, "in a verification step")
+    fail(out.logits, rows)
     found = settle(out.logits, rows, drafts)
     for place, (row, new) in enumerate(zip(rows, found, strict=True)):
+        if row.failed:
+            new.clear()
+            continue
         row.fresh, row.left = new, out.mtp_input[place, : len(new)]
         row.length += len(new)
         row.remaining -= len(new)
     cache.set_lengths([row.length for row in rows])
     if stats is not None:
         for tokens, new in zip(drafts.tokens, found, strict=True):
-            stats.count(len(tokens), len(new) - 1)
+            if new:
+                stats.count(len(tokens), len(new) - 1)
     return found
+
+
+def fail(logits_BTV: Tensor, rows: Sequence[Row]) -> None:
+    """Mark the rows with a NaN or infinity, and put zeros in place of their logits."""
+    sums_B = logits_BTV.flatten(1).sum(1, dtype=torch.float32)  # one pass; a sum is finite only if all its terms are
+    if not torch.isfinite(sums_B.sum()):
+        for place in (~torch.isfinite(sums_B)).nonzero().flatten().tolist():
+            rows[place].failed, logits_BTV[place] = True, 0
 
 
 def propose(model: Transformer, cache: Slots, rows: Sequence[Row]) -> Drafts:
@@ -180,6 +196,7 @@ def propose(model: Transformer, cache: Slots, rows: Sequence[Row]) -> Drafts:
 def choose(logits_BV: Tensor, rows: Sequence[Row], wanted: list[int], depth: int, tokens: list[list[int]]) -> Tensor | None:
     """Add draft ``depth`` to the rows that want it: the argmax, or drawn from q by the row's own generator. Returns q
     (B, V), None if all rows are greedy."""
+    logits_BV = torch.nan_to_num(logits_BV, 0.0, 0.0, 0.0)  # a draft may be anything: the model judges it
     best, q_BV = greedy(logits_BV).tolist(), None
     for members, temperature, top_p in alike(rows):
         if temperature == 0:

@@ -64,7 +64,7 @@ class Slots:
         self.end = end
         key_S, query_BT1 = torch.arange(end, device=start_B.device), slots_BT.unsqueeze(-1)
         seen = ((key_S >= depth) & (key_S <= query_BT1)) | (key_S == query_BT1)
-        return slots_BT, self.rope[0, (slots_BT - depth).clamp_min(0)], seen.unsqueeze(1)
+        return slots_BT, self.rope[0, (slots_BT - depth).clamp(0, self.capacity - 1)], seen.unsqueeze(1)
 
     def advance(self, length: int, n_valid: Tensor | None) -> None:
         """Counts the tokens just written: all of them, or the first ``n_valid[b]`` of each row."""
