@@ -58,6 +58,7 @@ def texts(rows: int, length: int, generator: torch.Generator) -> torch.Tensor:
 
 
 @cache
+@torch.enable_grad()
 def trained_model(name: str, steps: int = 40, noise: float = 0.7) -> Transformer:
     """`random_model` after some steps on `texts`, then disturbed by noise, float64: its drafts are neither always wrong nor
     always right. Cached: tests must not change it."""

@@ -100,10 +100,10 @@ def test_a_request_waits_until_pages_are_free_and_first_come_is_first_served(sma
     assert len(engine.cache.free) == 4
 
 
-@torch.no_grad()
 @settings(max_examples=25)
 @given(name=st.sampled_from(sorted(set(CONFIG.values()))), data=st.data(), chunks=st.lists(
     st.tuples(st.integers(0, 6), st.integers(1, 5)), min_size=1, max_size=5))  # fmt: skip
+@torch.no_grad()
 def test_pages_equal_one_block(small, name, data, chunks):
     """Two rows in shuffled pages give the logits, MTP's too, of a contiguous cache; what other rows leave is never read."""
     model = small.trained(name)
