@@ -12,6 +12,7 @@ COMMANDS = {
     "generate": ("minids.infer.run", "GenerateConfig", "run_generate", "write text with a trained model"),
     "experiment": ("minids.experiments.run", "ExperimentConfig", "run_experiment", "run many small trainings"),
     "count": ("minids.count", "CountConfig", "run_count", "count a model's parameters, FLOPs, cache and FP8 scales"),
+    "rl": ("minids.rl.run", "RLConfig", "run_rl", "teach a model to reason by rewards for right answers"),
     "schedule": ("minids.pipeline.command", "ScheduleConfig", "run_schedule", "draw and time a pipeline schedule"),
 }
 POSITIONAL = {"count", "schedule"}  # their required settings are given without a flag: count v3, schedule dualpipe

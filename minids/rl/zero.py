@@ -35,6 +35,7 @@ from minids.model.loss import IGNORE
 from minids.model.transformer import Transformer
 from minids.rl.answers import Batch, ask, replace_groups
 from minids.rl.grpo import Denominators, GRPOConfig, group_advantages, grpo_loss, informative
+from minids.rl.ranks import Ranks
 from minids.rl.rewards import Total
 from minids.rl.rollout import Rollout, score
 from minids.rl.supervised import real_loads
@@ -99,12 +100,18 @@ class Zero:
     """A policy, what it is asked, and how it learns. ``step()`` does one rollout and its updates."""
 
     def __init__(self, model: Transformer, tokenizer: BytePairTokenizer, task: Task, config: ZeroConfig,
-                 prefix: str = ""):  # fmt: skip
-        """``prefix``: text before every question, such as R1-Zero's template."""
+                 prefix: str = "", ranks: Ranks | None = None):  # fmt: skip
+        """``prefix``: text before every question, such as R1-Zero's template. ``ranks``: the processes that share the work;
+        each must hold the same weights. Raises ValueError when the questions do not divide among them."""
         self.model, self.tokenizer, self.task, self.config, self.prefix = model, tokenizer, task, config, prefix
+        self.ranks = ranks or Ranks()
+        if config.questions % self.ranks.world:
+            raise ValueError(f"questions = {config.questions}: must be a multiple of the {self.ranks.world} processes")
         self.optimizer = Optimizer(model, OptimConfig(beta2=0.95, weight_decay=0.0, clip=config.clip_norm))
-        self.total, self.random = Total(task.rewards()), Random(config.seed)
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self.total = Total(task.rewards())
+        # All ranks draw the same questions and take their share; answers, and questions drawn anew, are each rank's own.
+        self.random, self.own = Random(config.seed), Random(f"{config.seed} {self.ranks.rank}")
+        self.generator = torch.Generator().manual_seed(config.seed * 1000 + self.ranks.rank)
         self.curriculum = Curriculum(task.levels) if config.curriculum else None
         self.reference = copy.deepcopy(model) if config.objective.beta else None
         self.steps = 0
@@ -115,29 +122,30 @@ class Zero:
         if self.reference is not None and self.steps and self.steps % config.reference_every == 0:
             self.reference.load_state_dict(self.model.state_dict())
         batch = self.sample()
-        record = {**batch.summary(self.config.max_new_tokens), "faults": sum(self.total.faults.values())}
+        record = batch.summary(config.max_new_tokens)
         advantages_B = group_advantages(batch.rewards_QG, config.objective.std).flatten().float()
         record |= self.update(batch.rollout, advantages_B.to(batch.rollout.logp_BT.device))
+        record = self.ranks.mean(record)
         if self.curriculum is not None:
             record["levels"] = list(self.curriculum.current())
             self.curriculum.update(record["accuracy"])
         self.steps += 1
-        return {"step": self.steps, **record}
+        return {"step": self.steps, **record, "faults": sum(self.total.faults.values())}
 
     def sample(self) -> Batch:
         """The step's rollout. With dynamic sampling, groups that teach nothing are replaced while there are tries left."""
-        batch = self.answer([self.draw() for _ in range(self.config.questions)])
+        batch = self.answer(self.ranks.share([self.draw(self.random) for _ in range(self.config.questions)]))
         for _ in range(MAX_REDRAWS if self.config.dynamic_sampling else 0):
             keep = informative(batch.rewards_QG)
             if keep.all():
                 break
-            fresh = self.answer([self.draw() for _ in range(int((~keep).sum()))])
+            fresh = self.answer([self.draw(self.own) for _ in range(int((~keep).sum()))])
             batch = replace_groups(batch, keep, fresh)
         return batch
 
-    def draw(self) -> Problem:
+    def draw(self, random: Random) -> Problem:
         """A training problem, of the levels that are open."""
-        return self.task.draw(self.random, levels=self.curriculum.current() if self.curriculum else None)
+        return self.task.draw(random, levels=self.curriculum.current() if self.curriculum else None)
 
     def answer(self, problems: list[Problem]) -> Batch:
         """The policy's answers to these problems, with their rewards."""
@@ -152,9 +160,10 @@ class Zero:
         order = torch.randperm(len(advantages_B), generator=self.generator).to(advantages_B.device)
         replays = self.chosen_experts(found) if config.routing_replay else None
         ref_logp_BT = self.reference_scores(found)
-        sums: dict[str, float] = {}
+        # Terms of the loss add up over micro-batches and ranks, means over ranks are taken later; the ratio has a maximum.
+        sums, share = {"ratio_max": 0.0}, self.ranks.world / config.mini_batches
         for part in order.chunk(config.mini_batches):
-            over = Denominators.of(found.mask_BT[part])
+            over = self.denominators(found.mask_BT[part])
             loads = 0
             for rows in part.split(config.micro_batch):
                 with replayed(self.model, replays, rows):
@@ -168,12 +177,21 @@ class Zero:
                 self.optimizer.accumulate()
                 labels = found.tokens_BT[rows, 1:].masked_fill(~found.mask_BT[rows], IGNORE)
                 loads = loads + real_loads(routing, found.tokens_BT[rows, :-1], labels)
+                sums["ratio_max"] = max(sums["ratio_max"], float(stats.pop("ratio_max")))
                 for name, value in stats.items():
-                    sums[name] = sums.get(name, 0.0) + float(value) / config.mini_batches
+                    sums[name] = sums.get(name, 0.0) + float(value) * share
+            self.ranks.sum([m.grad for m in self.optimizer.masters.values() if m.grad is not None])
             if self.optimizer.step(config.lr) and config.gamma:
+                self.ranks.sum([loads])
                 update_bias(self.model.routers(), loads, config.gamma)
             sums["grad_norm"] = sums.get("grad_norm", 0.0) + self.optimizer.grad_norm / config.mini_batches
         return sums
+
+    def denominators(self, mask_BT: Tensor) -> Denominators:
+        """Of an update, over all ranks."""
+        counts = torch.tensor([len(mask_BT), int(mask_BT.sum())], device=mask_BT.device)
+        self.ranks.sum([counts])
+        return Denominators(*counts.tolist())
 
     @torch.no_grad()
     def reference_scores(self, found: Rollout) -> Tensor | None:
@@ -191,6 +209,34 @@ class Zero:
         parts = [score(self.model, rows, self.config.temperature)[1] for rows in micro]
         shape = (-1, found.mask_BT.shape[1], self.model.cfg.num_experts_per_tok)
         return [torch.cat([part[layer].indices.view(shape) for part in parts]) for layer in range(len(parts[0]))]
+
+    def state(self) -> tuple[dict[str, Tensor], dict]:
+        """(tensors, JSON values): with the model's weights, all that a run needs to go on as if it had never stopped."""
+        tensors, optimizer = self.optimizer.state()
+        tensors = {f"optimizer/{name}": tensor for name, tensor in tensors.items()}
+        tensors["rng/torch"] = self.generator.get_state()
+        if self.reference is not None:
+            tensors |= {f"reference/{name}": tensor for name, tensor in self.reference.state_dict().items()}
+        curriculum = None if self.curriculum is None else [self.curriculum.open, self.curriculum.average]
+        random = [[version, list(inner), gauss] for version, inner, gauss in (self.random.getstate(), self.own.getstate())]
+        faults = [[*key, count] for key, count in self.total.faults.items()]
+        return tensors, {"steps": self.steps, "optimizer": optimizer, "random": random, "curriculum": curriculum,
+                         "faults": faults}  # fmt: skip
+
+    def load_state(self, tensors: dict[str, Tensor], values: dict) -> None:
+        """Takes over what ``state`` returned; the model's weights are loaded elsewhere."""
+        part = {kind: {name.removeprefix(f"{kind}/"): tensor for name, tensor in tensors.items()
+                       if name.startswith(f"{kind}/")} for kind in ("optimizer", "reference")}  # fmt: skip
+        self.optimizer.load_state(part["optimizer"], values["optimizer"])
+        self.generator.set_state(tensors["rng/torch"])
+        if self.reference is not None:
+            self.reference.load_state_dict(part["reference"])
+        for random, (version, inner, gauss) in zip((self.random, self.own), values["random"], strict=True):
+            random.setstate((version, tuple(inner), gauss))
+        if self.curriculum is not None:
+            self.curriculum.open, self.curriculum.average = values["curriculum"]
+        self.total.faults.update({(term, kind): count for term, kind, count in values["faults"]})
+        self.steps = values["steps"]
 
     def run(self, on_step: Callable[[dict], None] | None = None) -> list[dict]:
         """All steps; the records."""

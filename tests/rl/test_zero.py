@@ -171,9 +171,9 @@ def test_groups_of_another_width_fit(trained):
 
 def test_curriculum_asks_for_what_is_open(trained):
     zero = Zero(copy.deepcopy(trained), TOKENIZER, Sums(), replace(SMALL, curriculum=True))
-    assert {zero.draw().level for _ in range(10)} == {3}
+    assert {zero.draw(zero.random).level for _ in range(10)} == {3}
     zero.curriculum.open = 4
-    assert {zero.draw().level for _ in range(60)} == {3, 4, 5, 6}
+    assert {zero.draw(zero.random).level for _ in range(60)} == {3, 4, 5, 6}
 
 
 def test_a_reward_that_fails_does_not_stop_training(trained):
@@ -190,7 +190,7 @@ def test_held_out_problems_are_never_trained_on(trained):
 
     zero = Zero(copy.deepcopy(trained), TOKENIZER, Sums(), SMALL)
     for _ in range(300):
-        assert not is_held_out("+".join(sorted(zero.draw().prompt[:-1].split("+"))))
+        assert not is_held_out("+".join(sorted(zero.draw(zero.random).prompt[:-1].split("+"))))
     assert Sums().draw(Random(0), held_out=True)
 
 
