@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -102,12 +103,13 @@ def reference(cfg: ModelConfig, config: TrainConfig, data: list, seed: int, dtyp
 
 
 def compare(schedule: str, cfg: ModelConfig, device: torch.device, seed: int = 0, dtype: torch.dtype = torch.float32,
-            **changes) -> Comparison | None:  # fmt: skip
-    """Takes the steps on all ranks; the comparison on rank 0, None elsewhere."""
+            overlap: Callable | None = None, **changes) -> Comparison | None:  # fmt: skip
+    """Takes the steps on all ranks; the comparison on rank 0, None elsewhere. ``changes``: of the TrainConfig."""
     config, data = train_config(schedule, device, **changes), batches(seed, cfg.vocab_size)
     started = time.perf_counter()
     torch.manual_seed(seed)
-    pipeline = Pipeline(Placement.plan(config, cfg, dist.get_world_size()), config, device, dtype=dtype)
+    pipeline = Pipeline(Placement.plan(config, cfg, dist.get_world_size()), config, device,
+                        overlap=overlap, dtype=dtype)  # fmt: skip
     first = pipeline.compute_gradients(*data[0], LAMBDA, MICRO_BATCHES)
     gradients = pipeline.gather_gradients()
     pipeline.step(LR, GAMMA, first)
@@ -128,7 +130,7 @@ def compare(schedule: str, cfg: ModelConfig, device: torch.device, seed: int = 0
         schedule=schedule, loss=first.loss, gradient=apart[worst], gradient_name=worst,
         losses=max(abs(x - y) for x, y in losses), grad_norm=abs(norm / one["norm"] - 1),
         weights=max(value for name, value in state.items() if not name.endswith("e_score_correction_bias")),
-        bias=max(bias), loads_equal=bool(torch.equal(a.loads.cpu(), b.loads.cpu())),
+        bias=max(bias, default=0.0), loads_equal=bool(torch.equal(a.loads.cpu(), b.loads.cpu())),
         next_loss=abs(one["second"].total - second.total), seconds=seconds)  # fmt: skip
 
 

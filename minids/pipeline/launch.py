@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 
 PATIENCE = 12.0  # seconds without a sign of life; a rank that only computes gives one each second
+LINGER = 3.0  # seconds that rank 0, where the store may be, stays for the others to read the reason
+VERDICT = "minids/verdict"  # key of the store: why the job ends
 TIMEOUT = timedelta(minutes=10)  # of one collective, for ranks that are alive but wait for each other
 
 
@@ -31,58 +33,65 @@ class Watch:
     """The thread of one rank. ``failed`` tells the others why this one ends."""
 
     def __init__(self, rank: int, ranks: int, host: str, port: int, patience: float = PATIENCE):
-        self.rank, self.ranks, self.patience = rank, ranks, patience
+        self.rank, self.ranks, self.patience, self.word = rank, ranks, patience, "alive"
         self.store = dist.TCPStore(host, port, None, False, timedelta(seconds=30))  # a connection of its own
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
-        self.store.set(f"minids/alive/{rank}", "0")
         self.thread.start()
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """Inside, Python may stand still for minutes (a tokenizer is trained): be patient with this rank."""
+        self.word = "busy"
+        self._tell(f"minids/sign/{self.rank}", "busy")
+        yield
+        self.word = "alive"
 
     def failed(self, error: BaseException) -> None:
         """Leave the error where the others find it."""
-        try:
-            self.store.set(f"minids/alive/{self.rank}", f"failed with {type(error).__name__}: {error}"[:500])
-        except RuntimeError:
-            pass  # the store is gone: so is rank 0, and the others know
+        self._tell(VERDICT, f"rank {self.rank} failed with {type(error).__name__}: {error}"[:600])
 
     def end(self) -> None:
         """This rank is done; the others no longer expect signs of it."""
         self.stop.set()
         self.thread.join()
+        self._tell(f"minids/sign/{self.rank}", "done")
+
+    def _tell(self, key: str, value: str) -> None:
         try:
-            self.store.set(f"minids/alive/{self.rank}", "done")
-        except RuntimeError:
-            pass
+            self.store.set(key, value)
+        except (RuntimeError, dist.DistError):
+            pass  # the store is gone, and rank 0 with it: the thread says so
 
     def _run(self) -> None:
         seen = {rank: ("", time.monotonic()) for rank in range(self.ranks) if rank != self.rank}
         count = 0
         while not self.stop.wait(1.0):
+            count += 1
             try:
-                count += 1
-                self.store.set(f"minids/alive/{self.rank}", str(count))
-                for other in seen:
-                    self._look(other, seen)
+                self.store.set(f"minids/sign/{self.rank}", f"{self.word} {count}")
+                if self.store.check([VERDICT]):
+                    self._die(self.store.get(VERDICT).decode())
+                dead = [other for other in seen if self._is_dead(other, seen)]
             except (RuntimeError, dist.DistError):
                 if not self.stop.is_set():
                     self._die("rank 0 died: it kept the job's store, which does not answer any more")
+                return
+            if dead:
+                why = f"rank {dead[0]} died: no sign of life for {self.patience:.0f} s"
+                self._tell(VERDICT, why)
+                self._die(why)
 
-    def _look(self, other: int, seen: dict[int, tuple[str, float]]) -> None:
-        if not self.store.check([f"minids/alive/{other}"]):
-            sign = ""  # not started yet
-        else:
-            sign = self.store.get(f"minids/alive/{other}").decode()
-        now = time.monotonic()
+    def _is_dead(self, other: int, seen: dict[int, tuple[str, float]]) -> bool:
+        key, now = f"minids/sign/{other}", time.monotonic()
+        sign = self.store.get(key).decode() if self.store.check([key]) else ""
         if sign != seen[other][0] or sign in ("", "done"):
             seen[other] = (sign, now)
-        if sign.startswith("failed"):
-            if now - seen[other][1] > 2.0:  # time for an error of its own, which says where this rank stood
-                self._die(f"rank {other} {sign}")
-        elif now - seen[other][1] > self.patience:
-            self._die(f"rank {other} died: no sign of life for {self.patience:.0f} s")
+        return now - seen[other][1] > self.patience * (20 if sign.startswith("busy") else 1)
 
     def _die(self, why: str) -> None:
         print(f"error: rank {self.rank} ends because {why}", file=sys.stderr, flush=True)
+        time.sleep(LINGER if self.rank == 0 else 0)
         os._exit(1)
 
 
@@ -101,7 +110,8 @@ def device_of(kind: str) -> torch.device:
 def initialise(kind: str, patience: float = PATIENCE) -> Iterator[Watch]:
     """The process group of torchrun's environment, NCCL for ``kind`` cuda and gloo for cpu, with its watch.
 
-    An error inside is told to the other ranks and raised again, as SystemExit when it is the work of a dead neighbour.
+    An error inside is told to the other ranks and raised again, unless it is the work of a dead neighbour: then the process
+    ends with a message that names the dead rank.
     """
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     device = device_of(kind)
@@ -117,13 +127,13 @@ def initialise(kind: str, patience: float = PATIENCE) -> Iterator[Watch]:
         dist.barrier()
     except Exception as error:
         if _is_communication(error):
-            # The neighbour, or one behind it, has died. Which, the watch finds out and ends this process.
+            # The neighbour, or one behind it, has died. Which, the watch finds out, and ends this process.
             traceback.print_exc()
             time.sleep(watch.patience + 8)
         watch.failed(error)
+        time.sleep(LINGER if rank == 0 else 0)
         raise
-    finally:
-        watch.end()
+    watch.end()
     dist.destroy_process_group()
 
 

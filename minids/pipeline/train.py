@@ -33,7 +33,7 @@ from tqdm import tqdm
 from minids import checkpoint
 from minids.data import Data, build_data
 from minids.model.transformer import Transformer
-from minids.pipeline.launch import device_of, initialise
+from minids.pipeline.launch import Watch, device_of, initialise
 from minids.pipeline.runtime import Pipeline, Placement, choose_micro_batches
 from minids.plots import loss_curve
 from minids.train import state
@@ -74,18 +74,19 @@ def train_pipeline(config: TrainConfig) -> dict:
             raise
         time.sleep(20)  # torchrun ends all at the first exit: rank 0's, which says why
         sys.exit(2)
-    with initialise(config.device):
+    with initialise(config.device) as watch:
         config.device = str(device_of(config.device))
-        return PipelineRun(config, rank).run()
+        return PipelineRun(config, rank, watch).run()
 
 
 class PipelineRun:
     """One rank of a run."""
 
-    def __init__(self, config: TrainConfig, rank: int):
+    def __init__(self, config: TrainConfig, rank: int, watch: Watch):
         self.config, self.rank, self.ranks = config, rank, dist.get_world_size()
         self.progress, self.recipe = Progress(), config.recipe.build()
-        self.data = self._read_data()
+        with watch.busy():
+            self.data = self._read_data()
         tokenizer = self.data.tokenizer
         cfg = config.model_config(tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id)
         torch.manual_seed(config.seed)

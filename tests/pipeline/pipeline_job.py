@@ -1,0 +1,91 @@
+"""Run by test_runtime.py in a fresh process (which may be forked): every schedule, then variants, then broken ones, all on
+one set of 4 gloo processes. Writes a JSON list of {case, ...the fields of check.Comparison}."""
+
+import json
+import sys
+from dataclasses import asdict
+
+import torch
+
+from minids.pipeline import runtime
+from minids.pipeline.check import compare, tiny_config
+from minids.pipeline.launch import start_local
+from minids.pipeline.runtime import Pipeline
+from minids.pipeline.schedules import NAMES
+from minids.pipeline.stages import MicroBatch
+from minids.pipeline.torch_engine import forward_then_backward
+
+LAYERS = {"interleaved_1f1b": 8, "zbv": 8, "dualpipe_v": 8}
+CPU = torch.device("cpu")
+pairs: list[int] = []
+
+
+def counted_pair(action, context) -> None:
+    pairs.append(action.sub_actions[0].microbatch_index)
+    forward_then_backward(action, context)
+
+
+def variants() -> list[tuple[str, str, dict, dict]]:
+    """(case, schedule, changes of the model, options of compare)"""
+    found = [(name, name, {}, {}) for name in NAMES]
+    found += [(f"float64 {name}", name, {}, {"dtype": torch.float64}) for name in ("dualpipe", "zbv")]
+    found += [
+        ("two MTP modules", "dualpipe", {"num_nextn_predict_layers": 2}, {}),
+        ("no MTP", "zb1p", {"num_nextn_predict_layers": 0}, {}),
+        ("tied head", "zb1p", {"tie_word_embeddings": True}, {}),
+        ("MTP before the norm", "1f1b", {"mtp_hidden_norm": False}, {}),
+        ("uneven layers", "dualpipe", {"num_hidden_layers": 7}, {"pipeline_layers": (1, 3, 2, 1)}),
+        ("empty ends", "1f1b", {"num_hidden_layers": 5}, {"pipeline_layers": (0, 3, 2, 0)}),
+        ("recompute", "dualpipe", {}, {"recompute": True}),
+        ("own pair", "dualpipe", {}, {"overlap": counted_pair}),
+        ("V2 router", "dualpipe", {"topk_method": "greedy", "scoring_func": "softmax"}, {}),
+    ]
+    return found
+
+
+def broken() -> list[tuple[str, str, object, str, object]]:
+    """(case, schedule, object, attribute, what it is replaced with): mistakes that the comparison must see."""
+    real = MicroBatch.__init__
+
+    def unweighted(self, tokens, labels, ids, label_share, row_share):
+        real(self, tokens, labels, ids, torch.tensor(row_share), row_share)
+
+    def one_direction(self, mtp_lambda, micro_batches, collect=Pipeline._collect):
+        for (direction, _), stage in self.stages.items():
+            if direction and stage.meter.sums:
+                stage.meter.sums["load"] *= 0
+        return collect(self, mtp_lambda, micro_batches)
+
+    return [
+        ("micro-batches weighed alike", "gpipe", MicroBatch, "__init__", unweighted),
+        ("mirror ranks not summed", "dualpipe", Pipeline, "_sum_shared", lambda self: None),
+        ("MTP embedding not summed", "1f1b", Pipeline, "_sum_shared", lambda self: None),
+        ("loads of one direction", "dualpipe", Pipeline, "_collect", one_direction),
+        ("norm of one rank", "zbv", runtime.PipelineOptimizer, "total_norm", runtime.Optimizer.total_norm),
+    ]
+
+
+def work(rank: int, out: str) -> None:
+    results = []
+
+    def run(case, schedule, changes, options):
+        changes = {"num_hidden_layers": LAYERS.get(schedule, 4)} | changes
+        cfg = tiny_config(changes.pop("num_hidden_layers"), **changes)
+        result = compare(schedule, cfg, CPU, **options)
+        if result is not None:
+            results.append({"case": case, "pairs": len(pairs)} | asdict(result))
+
+    for case in variants():
+        run(*case)
+    for case, schedule, target, name, value in broken():
+        kept = getattr(target, name)
+        setattr(target, name, value)
+        run(case, schedule, {}, {})
+        setattr(target, name, kept)
+    if rank == 0:
+        with open(out, "w") as file:
+            json.dump(results, file)
+
+
+if __name__ == "__main__":
+    start_local(work, 4, sys.argv[1])

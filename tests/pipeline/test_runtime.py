@@ -1,0 +1,129 @@
+"""Execution: every schedule on 4 gloo processes equals one process, and broken ones do not. The processes are started by
+jobs beside this file, because only a process that has run no backward may be forked."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minids import checkpoint
+from minids.data import DataConfig
+from minids.pipeline.schedules import NAMES
+from minids.train.settings import RecipeConfig, TrainConfig
+from minids.train.trainer import train
+
+HERE = Path(__file__).parent
+# The model is random and small, so its numbers are of order one; a wrong factor shows as 1e-3 at least (see BROKEN).
+LIMIT = 1e-5
+VARIANTS = ("two MTP modules", "no MTP", "tied head", "MTP before the norm", "uneven layers", "empty ends", "recompute",
+            "own pair", "V2 router")  # fmt: skip
+
+
+def run_job(name: str, argument: Path, timeout: float) -> subprocess.CompletedProcess:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent.parent)}
+    return subprocess.run([sys.executable, str(HERE / name), str(argument)], env=env, timeout=timeout, capture_output=True,
+                          text=True)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, dict]:
+    out = tmp_path_factory.mktemp("pipeline") / "results.json"
+    done = run_job("pipeline_job.py", out, 240)
+    assert done.returncode == 0, done.stderr
+    return {result["case"]: result for result in json.loads(out.read_text())}
+
+
+@pytest.mark.parametrize("case", [*NAMES, *VARIANTS])
+def test_a_pipeline_is_one_process(results, case):
+    found = results[case]
+    assert found["gradient"] < LIMIT, found["gradient_name"]
+    assert found["losses"] < LIMIT and found["grad_norm"] < LIMIT
+    assert found["weights"] < LIMIT and found["next_loss"] < LIMIT
+    assert found["loads_equal"] and found["bias"] == 0
+
+
+@pytest.mark.parametrize("schedule", ["dualpipe", "zbv"])
+def test_in_float64_gradients_agree_to_the_last_bits(results, schedule):
+    found = results[f"float64 {schedule}"]
+    assert found["gradient"] < 1e-14, found["gradient_name"]
+    assert found["weights"] < 1e-9  # the norm that clips is summed in float32
+
+
+def test_an_overlapped_pair_may_have_a_body_of_its_own(results):
+    assert results["own pair"]["pairs"] > 0
+
+
+# (case, what must differ, by how much at least): the comparison would see these mistakes.
+BROKEN = [
+    ("micro-batches weighed alike", "gradient", 0.01),
+    ("micro-batches weighed alike", "losses", 0.01),
+    ("mirror ranks not summed", "gradient", 0.1),
+    ("MTP embedding not summed", "gradient", 0.01),
+    ("loads of one direction", "bias", 1e-3),
+    ("norm of one rank", "grad_norm", 0.01),
+]
+
+
+@pytest.mark.parametrize("case, field, least", BROKEN)
+def test_a_mistake_is_seen(results, case, field, least):
+    assert results[case][field] > least
+
+
+def test_an_embedding_left_out_shows_in_the_embedding(results):
+    assert results["MTP embedding not summed"]["gradient_name"] == "model.embed_tokens.weight"
+
+
+def test_a_rank_that_dies_is_named_by_all_others(tmp_path):
+    done = run_job("dying_job.py", tmp_path, 120)
+    lines = re.findall(r"rank (\d): exit code (-?\d+) after ([\d.]+) s", done.stdout)
+    ends = {int(rank): (int(code), float(seconds)) for rank, code, seconds in lines}
+    assert ends.keys() == {0, 1, 2, 3} and ends[2][0] == -9, done.stdout + done.stderr
+    for rank in (0, 1, 3):
+        code, seconds = ends[rank]
+        assert code == 1 and seconds < 30
+        assert f"error: rank {rank} ends because rank 2 died" in done.stderr
+
+
+TINY = ("hidden_size=32", "num_hidden_layers=4", "intermediate_size=48", "moe_intermediate_size=16",
+        "num_attention_heads=2", "q_lora_rank=16", "kv_lora_rank=16", "qk_nope_head_dim=8", "qk_rope_head_dim=8",
+        "v_head_dim=8", "n_routed_experts=8", "num_experts_per_tok=2", "n_group=4", "topk_group=2")  # fmt: skip
+
+
+@pytest.fixture
+def settings(tmp_path) -> dict:
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(40):
+        lines = [f"    total_{j} = first * {i * j % 17} + second / {j + 1}" for j in range(20)]
+        (text / f"{i}.py").write_text("\n".join([f"def function_{i}(first, second):", *lines, ""]))
+    data = {"corpus": "folder", "path": str(text), "vocab_size": 300, "min_chars": 1, "valid_fraction": 0.1,
+            "cache_dir": str(tmp_path / "cache")}  # fmt: skip
+    recipe = {"tokens": 4 * 8 * 16 + 3 * 16, "sequence_length": 16, "batch": 8, "batch_start": 8, "warmup_steps": 1}
+    return {"data": data, "recipe": recipe, "model": TINY, "sample_tokens": 0, "eval_every": 2, "eval_rows": 4,
+            "save_every": 4}  # fmt: skip
+
+
+def test_train_pipeline_is_train(tmp_path, settings):
+    """Four steps: losses, validation and the published checkpoint are those of one process, which takes a fifth step with
+    the rest of three rows that no pipeline of four ranks can cut."""
+    (tmp_path / "settings.json").write_text(json.dumps(settings | {"pipeline": "dualpipe"}))
+    done = run_job("train_job.py", tmp_path, 120)
+    assert done.returncode == 0, done.stderr
+    data, recipe = DataConfig(**settings.pop("data")), RecipeConfig(**settings.pop("recipe"))
+    train(TrainConfig(data=data, recipe=recipe, out=tmp_path / "one", micro_batch=1, **settings))
+    lines = [[json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+             for run in ("run", "one")]  # fmt: skip
+    assert [len(found) for found in lines] == [4, 5]
+    for ours, wanted in zip(*lines, strict=False):
+        for field in ("loss", "balance_loss", "grad_norm", "maxvio_max", "token_entropy"):
+            assert ours[field] == pytest.approx(wanted[field], rel=1e-3), (ours["step"], field)
+        assert ours["mtp_loss"] == pytest.approx(wanted["mtp_loss"], rel=1e-3)
+    model = checkpoint.load(tmp_path / "run" / "step-4")
+    other = checkpoint.load(tmp_path / "one" / "step-4").state_dict()
+    assert all(torch.allclose(value, other[name], atol=3e-3) for name, value in model.state_dict().items())
+    assert lines[0][3]["valid_loss"] == pytest.approx(lines[1][3]["valid_loss"], rel=1e-3)
