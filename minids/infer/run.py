@@ -1,26 +1,33 @@
 """`python -m minids generate`: a checkpoint and a prompt in, text on the terminal.
 
-The problem that is more than plumbing: tokens of a byte-level BPE are bytes, and a character may span several of them
-(an emoji has four bytes). `TextStream` therefore prints a token's text only as far as its characters are complete.
+One prompt streams, whole characters as they come (text.py); several are written as one batch and printed at the end. What
+it cost, and what speculation gained, goes to stderr.
 """
 
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Annotated, Literal, TextIO
 
 import torch
+from tyro.constructors import PrimitiveConstructorSpec
 
 from minids.checkpoint import is_checkpoint, load
 from minids.data.tokenizer import BytePairTokenizer
 from minids.folder import restore_interrupted
 from minids.infer.generate import generate
 from minids.infer.sampling import check_sampling, check_seed
+from minids.infer.speculate import SpeculationStats, check_speculate
+from minids.infer.text import TextStream, check_stop
 from minids.train.state import latest_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-REPLACEMENT = "\ufffd"  # what decoding puts in place of bytes that are no (complete) character
+# --speculate alone: all drafts that the model can make; --speculate N: N.
+DraftCount = Annotated[int | bool, PrimitiveConstructorSpec(
+    nargs="*", metavar="[N]", instance_from_str=lambda words: read_draft_count(words),
+    is_instance=lambda value: isinstance(value, int), str_from_instance=lambda value: [str(int(value))],
+)]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,41 +48,14 @@ class GenerateConfig:
     """Sample from the smallest set of most probable tokens with at least this mass; 1 keeps all."""
     seed: int = 0
     """Seed of the first prompt; prompt r uses seed + r."""
+    stop: tuple[str, ...] = ()
+    """End a text before the first of these strings."""
+    speculate: DraftCount = 0
+    """Draft N tokens a step with the MTP modules, and let the model check them; without N as many as it has modules."""
     device: str = "cpu"
     """Where to run: cpu, cuda, cuda:1, ..."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of weights and arithmetic; auto keeps the checkpoint's."""
-
-
-class TextStream:
-    """Turns a stream of tokens into pieces of text whose concatenation is the text of all tokens.
-
-    A byte sequence that is still incomplete decodes to one U+FFFD at the end; it is held back until the next tokens
-    complete it, or until `flush`. All earlier text is final: bytes that follow cannot change characters before the last
-    one. (`tokenizers.decoders.DecodeStream` has no flush, and loses or refuses bytes that never become a character.)
-    """
-
-    def __init__(self, tokenizer: BytePairTokenizer):
-        self.tokenizer = tokenizer
-        self.pending: list[int] = []  # tokens since the last point where the text was complete
-        self.printed = 0  # characters of their text that were handed out already
-
-    def push(self, token: int) -> str:
-        """Add one token; returns the text that became final, possibly none."""
-        self.pending.append(token)
-        text = self.tokenizer.decode(self.pending)
-        final = text.removesuffix(REPLACEMENT)
-        piece = final[self.printed :]
-        self.printed = len(final)
-        if final == text:
-            self.pending, self.printed = [], 0
-        return piece
-
-    def flush(self) -> str:
-        """The text held back, with U+FFFD for what never became a character."""
-        piece = self.tokenizer.decode(self.pending)[self.printed :] if self.pending else ""
-        self.pending, self.printed = [], 0
-        return piece
 
 
 def run_generate(config: GenerateConfig, out: TextIO | None = None) -> list[str]:
@@ -87,6 +67,7 @@ def run_generate(config: GenerateConfig, out: TextIO | None = None) -> list[str]
     out = out or sys.stdout
     check_sampling(config.temperature, config.top_p)
     check_seed(config.seed)
+    check_stop(config.stop)
     device = check_device(config.device)
     texts = read_prompts(config)
     folder = resolve_checkpoint(config.checkpoint)
@@ -94,30 +75,47 @@ def run_generate(config: GenerateConfig, out: TextIO | None = None) -> list[str]
     model = load(folder, dtype=DTYPES.get(config.dtype), device=device)
     prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
 
-    stream = TextStream(tokenizer)
-    streaming = len(prompts) == 1
+    n_drafts = check_speculate(config.speculate, model)
+    streams = [TextStream(tokenizer, config.stop) for _ in prompts]
+    written, streaming, stats = [""] * len(prompts), len(prompts) == 1, SpeculationStats()
 
-    def show(row: int, token: int) -> None:
-        if streaming and token != tokenizer.eos_id:
-            print(stream.push(token), end="", flush=True, file=out)
+    def take(row: int, piece: str) -> None:
+        written[row] += piece
+        if streaming:
+            print(piece, end="", flush=True, file=out)
+
+    def show(row: int, token: int) -> bool:
+        if token != tokenizer.eos_id:
+            take(row, streams[row].push(token))
+        return streams[row].stopped
 
     if streaming:
         print(texts[0], end="", flush=True, file=out)
     start = time.perf_counter()
     new_tokens = generate(
         model, prompts, config.max_new_tokens, temperature=config.temperature, top_p=config.top_p, seed=config.seed,
-        eos_token_id=tokenizer.eos_id, on_token=show,
+        eos_token_id=tokenizer.eos_id, on_token=show, speculate=n_drafts, stats=stats,
     )  # fmt: skip
     seconds = time.perf_counter() - start
 
-    written = [tokenizer.decode([token for token in row if token != tokenizer.eos_id]) for row in new_tokens]
+    for row, stream in enumerate(streams):
+        take(row, stream.flush())
     if streaming:
-        print(stream.flush(), file=out, flush=True)
+        print(file=out, flush=True)
     else:
         print_all(texts, written, out)
     count = sum(len(row) for row in new_tokens)
     print(f"{count} tokens in {seconds:.2f} s: {count / seconds:.1f} tokens/s (prefill included)", file=sys.stderr)
+    if n_drafts:
+        print(f"speculation with {n_drafts} draft{'s' * (n_drafts > 1)} a step: {stats}", file=sys.stderr)
     return written
+
+
+def read_draft_count(words: list[str]) -> int | bool:
+    """The words after --speculate: none is True, else one number."""
+    if len(words) > 1:
+        raise ValueError(f"--speculate takes one number at most, got {' '.join(words)}")
+    return int(words[0]) if words else True
 
 
 def check_device(name: str) -> torch.device:

@@ -11,7 +11,8 @@ from minids import ModelConfig, Transformer
 from minids.checkpoint import save
 from minids.data.tokenizer import train_tokenizer
 from minids.infer import generate
-from minids.infer.run import GenerateConfig, TextStream, run_generate
+from minids.infer.run import GenerateConfig, run_generate
+from minids.infer.text import TextStream
 
 TOKENIZER = train_tokenizer(["héllo wörld 🎉 print(x)\n" * 5, "日本語 テキスト 🎉🚀" * 3], 300)
 tokens_of_any_kind = st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=30)
@@ -48,6 +49,35 @@ def test_bytes_that_never_become_a_character_are_shown_at_the_end():
     tokens = TOKENIZER.encode("🦜")[:2]
     assert pieces(tokens) == ["", "", "\ufffd"]
     assert TextStream(TOKENIZER).flush() == ""
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet="ab🎉", max_size=20), st.lists(st.text(alphabet="ab🎉", min_size=1, max_size=4), max_size=3))
+def test_a_text_ends_before_its_first_stop_string(text, stops):
+    """Against the definition, token by token: the shortest beginning of the text that ends with a stop string."""
+    stream, shown = TextStream(TOKENIZER, stops), ""
+    for token in TOKENIZER.encode(text):
+        shown += stream.push(token)
+        assert not any(stop in shown for stop in stops)
+        if stream.stopped:
+            break
+    shown += stream.flush()
+    if not any(stop in text for stop in stops):
+        assert shown == text and not stream.stopped
+        return
+    assert stream.stopped
+    # All that is complete at a token's end is looked at together; the leftmost string there counts.
+    assert text.startswith(shown) and any(text.startswith(shown + stop) for stop in stops)
+    assert not any(stop in shown for stop in stops)
+
+
+def test_a_stop_string_across_tokens_is_held_back_until_it_is_decided():
+    tokens = [TOKENIZER.encode(letter)[0] for letter in "axbxc"]
+    stream = TextStream(TOKENIZER, ["xc"])
+    assert [stream.push(token) for token in tokens] == ["a", "", "xb", "", ""] and stream.stopped
+    assert stream.flush() == ""
+    stream = TextStream(TOKENIZER, ["xc"])
+    assert [stream.push(token) for token in tokens[:2]] == ["a", ""] and stream.flush() == "x" and not stream.stopped
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +121,43 @@ def test_several_prompts_are_printed_one_after_the_other(checkpoint):
     assert shown == (f"--- prompt 1 of 2 ---\nprint{written[0]}\n\n--- prompt 2 of 2 ---\na longer prompt{written[1]}\n\n")
 
 
+@pytest.mark.parametrize("flag", [[], ["1"]])
+def test_speculation_on_the_command_line(checkpoint, capsys, flag):
+    """The same greedy text, streamed; what it gained on stderr. --speculate alone means all MTP modules."""
+    from minids.cli import main
+
+    arguments = ["generate", "--checkpoint", str(checkpoint), "--prompt", "print", "--temperature", "0"]
+    main(arguments + ["--max-new-tokens", "12"])
+    plain = capsys.readouterr()
+    main(arguments + ["--max-new-tokens", "12", "--speculate", *flag])
+    speculated = capsys.readouterr()
+    assert speculated.out == plain.out == "print" + expected(checkpoint, "print", temperature=0.0) + "\n"
+    assert "speculation" not in plain.err
+    assert "speculation with 1 draft a step: acceptance by position" in speculated.err
+    assert "tokens a step" in speculated.err and "tokens/s" in speculated.err
+
+
+@pytest.mark.parametrize("flag", [["2"], ["-1"], ["many"], ["1", "1"]])
+def test_wrong_numbers_of_drafts_are_refused_on_the_command_line(checkpoint, capsys, flag):
+    from minids.cli import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", "--checkpoint", str(checkpoint), "--prompt", "print", "--speculate", *flag])
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert "speculate" in captured.err + captured.out
+
+
+def test_stop_strings_end_each_text(checkpoint):
+    whole = expected(checkpoint, "héllo", temperature=0.0)
+    stop = whole[3:5]
+    written, shown = run(checkpoint, "héllo", temperature=0.0, stop=(stop,))
+    assert written == [whole[: whole.index(stop)]] and shown == "héllo" + written[0] + "\n"
+    both, _ = run(checkpoint, "héllo", "print", temperature=0.0, stop=(stop,), speculate=True)
+    other = expected(checkpoint, "print", temperature=0.0)
+    assert both == [written[0], other[: other.index(stop)] if stop in other else other]
+
+
 def test_a_run_folder_gives_its_latest_checkpoint(checkpoint):
     assert run(checkpoint.parent, "x", temperature=0.0) == run(checkpoint, "x", temperature=0.0)
 
@@ -132,6 +199,7 @@ def test_errors_before_anything_is_loaded(checkpoint, tmp_path, monkeypatch):
         (dict(folder=checkpoint, prompt="x", prompt_file=tmp_path / "no.txt"), FileNotFoundError, "no.txt"),
         (dict(folder=checkpoint, prompt="x", temperature=-1.0), ValueError, "temperature must be .* got -1.0"),
         (dict(folder=checkpoint, prompt="x", top_p=2.0), ValueError, "top_p must be .* got 2.0"),
+        (dict(folder=checkpoint, prompt="x", stop=("",)), ValueError, "stop must hold no empty string"),
         (dict(folder=checkpoint, prompt="x", seed=-1), ValueError, "seed must be .* got -1"),
         (dict(folder=checkpoint, prompt="x", device="quantum"), ValueError, "device='quantum'"),
     ]:
