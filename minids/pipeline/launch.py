@@ -126,9 +126,9 @@ def initialise(kind: str, patience: float = PATIENCE) -> Iterator[Watch]:
         yield watch
         dist.barrier()
     except Exception as error:
+        traceback.print_exc()  # now: the others, who read of it, may end this process before the error is handled
         if _is_communication(error):
             # The neighbour, or one behind it, has died. Which, the watch finds out, and ends this process.
-            traceback.print_exc()
             time.sleep(watch.patience + 8)
         watch.failed(error)
         time.sleep(LINGER if rank == 0 else 0)

@@ -83,6 +83,10 @@ class DirectedStage(PipelineStage):
             super().backward_weight_one_chunk(bwd_chunk_id, last_backward=last_backward)
         self.after_gradients()
 
+    def _get_init_p2p_neighbors_ops(self):
+        # Before torch 2.13: a first message to each neighbour. One on the same rank needs none, and gloo refuses it.
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
     # The hand-over between neighbours on one rank: none across the seam.
     def set_local_fwd_input(self, prev_stage_outputs, mb_index):
         if not self.is_first:
@@ -100,7 +104,7 @@ class Engine(_PipelineScheduleRuntime):
     """Executes one of our schedules on this rank's stages. ``run`` once a step; losses are what the last stages return."""
 
     def __init__(self, schedule: Schedule, stages: list[DirectedStage], overlap: Callable | None = None):
-        self.numbers = local_numbers(schedule)
+        self.schedule, self.numbers = schedule, local_numbers(schedule)
         per_direction = schedule.micro_batches // schedule.directions
         super().__init__(stages, per_direction, loss_fn=_is_loss, scale_grads=False)
         self._loss_of: dict[tuple[int, int], Tensor] = {}
