@@ -1,0 +1,188 @@
+"""The checks of notebook 04's exercises: silent on stubs, right answers pass, the usual mistakes are named.
+
+The notebook's cells run in one namespace, without those tagged 'slow', which no other cell needs.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "04_mtp.ipynb"
+
+
+@pytest.fixture(scope="module")
+def lesson():
+    """(namespace after all quick cells, {exercise number: source of its check})."""
+    space, checks = {"display": lambda figure: None}, {}
+    here = os.getcwd()
+    os.chdir(NOTEBOOK.parent)  # cells read ../figures
+    try:
+        for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
+            source = "".join(cell["source"])
+            if cell["cell_type"] != "code" or "slow" in cell["metadata"].get("tags", []):
+                continue
+            exec(compile(source, cell["id"], "exec"), space)
+            for number in "1234":
+                if f'"exercise {number}' in source:
+                    checks[number] = source
+    finally:
+        os.chdir(here)
+    assert sorted(checks) == ["1", "2", "3", "4"]
+    return space, checks
+
+
+def attempt(lesson, number: str, name: str, answer) -> None:
+    space, checks = lesson
+    exec(compile(checks[number], f"exercise {number}", "exec"), {**space, name: answer})
+
+
+# ---- 1, labels -------------------------------------------------------------------------------------------------------
+
+
+def labels(tokens, ids, k, ahead=1, left=0, fill=-100, borders=True):
+    """Position by position."""
+    out = []
+    for i in range(len(tokens) - 1 - k):
+        crosses = borders and int(ids[i + left]) != int(ids[i + k + ahead])
+        out.append(fill if crosses else int(tokens[i + k + ahead]))
+    return torch.tensor(out)
+
+
+def rolled(tokens, ids, k):
+    return tokens.roll(-(k + 1))[:-1]
+
+
+def rolled_and_masked(tokens, ids, k):
+    return torch.where(ids.roll(-(k + 1)) == ids, tokens.roll(-(k + 1)), -100)[:-1]
+
+
+# ---- 2, what enters the block ----------------------------------------------------------------------------------------
+
+
+def norm(x, gain):
+    return gain * x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+def join(h, e, gain_e, gain_h, m, k, token=None, state=0, swap=False, normed=True):
+    out = []
+    for i in range(len(h) - k):
+        a, b = e[i + (k if token is None else token)], h[i + state]
+        pair = [norm(a, gain_e), norm(b, gain_h)] if normed else [a, b]
+        out.append(m @ torch.cat(pair[::-1] if swap else pair))
+    return torch.stack(out)
+
+
+def one_norm(h, e, gain_e, gain_h, m, k):
+    return norm(torch.cat([e[k:], h[:-k]], -1), torch.cat([gain_e, gain_h])) @ m.T
+
+
+# ---- 3, the term -----------------------------------------------------------------------------------------------------
+
+
+def term(nll, counts, n, lam):
+    return lam * sum(x[c].sum() / n for x, c in zip(nll, counts, strict=True)) / len(nll)
+
+
+# ---- 4, tokens a pass ------------------------------------------------------------------------------------------------
+
+
+def tokens_a_pass(good):
+    place = passes = 0
+    while place < len(good):
+        passes, place = passes + 1, place + 1 + next((k for k, ok in enumerate(good[place]) if not ok), good.shape[1])
+    return place / passes
+
+
+def shares(good):
+    return [float(x) for x in good.double().mean(0)]
+
+
+RIGHT = [("1", "my_labels", labels), ("2", "my_join", join), ("3", "my_mtp_term", term),
+         ("4", "my_tokens_a_pass", tokens_a_pass)]
+
+
+@pytest.mark.parametrize("number, name, answer", RIGHT)
+def test_a_stub_is_not_a_failure(lesson, capsys, number, name, answer):
+    attempt(lesson, number, name, lambda *_: None)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines and all(line.startswith(f"exercise {number}") and line.endswith("not attempted yet") for line in lines)
+
+
+@pytest.mark.parametrize("number, name, answer", RIGHT)
+def test_right_answers_pass(lesson, capsys, number, name, answer):
+    attempt(lesson, number, name, answer)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines and all(line.endswith("correct") for line in lines)
+
+
+@pytest.mark.parametrize("wrong, hint", [
+    (lambda t, i, k: labels(t, i, k, ahead=0), "that token has been read"),
+    (lambda t, i, k: labels(t, i, k, borders=False), "cross from one document"),
+    (lambda t, i, k: labels(t, i, k, left=k), "crossing counts from position i"),
+    (rolled, "no torch.roll"),
+    (rolled_and_masked, "T - k positions"),
+    (lambda t, i, k: labels(t, i, k, fill=0), "0 is a token"),
+    (lambda t, i, k: labels(t, i, k)[:-1], "not equal"),
+])  # fmt: skip
+def test_wrong_labels_are_named(lesson, wrong, hint):
+    with pytest.raises(AssertionError, match=hint):
+        attempt(lesson, "1", "my_labels", wrong)
+
+
+@pytest.mark.parametrize("wrong, hint", [
+    (lambda h, e, ge, gh, m, k: join(h, e, ge, gh, m, k, swap=True), "embedding first"),
+    (lambda h, e, ge, gh, m, k: join(h, e, ge, gh, m, k, token=0), "i \\+ k, not i"),
+    (lambda h, e, ge, gh, m, k: join(h, e, ge, gh, m, k, token=0, state=k), "the token runs ahead"),
+    (lambda h, e, ge, gh, m, k: join(h, e, ge, gh, m, k, token=1), "belongs to depth 1"),
+    (lambda h, e, ge, gh, m, k: join(h, e, gh, ge, m, k), "mixed up"),
+    (lambda h, e, ge, gh, m, k: join(h, e, ge, gh, m, k, normed=False), "both halves are normed"),
+    (one_norm, "two norms"),
+    (lambda h, e, ge, gh, m, k: join(torch.cat([h, h[:k]]), e.roll(-k, 0).repeat(2, 1), ge, gh, m, k, token=0),
+     "have no token"),
+    (lambda h, e, ge, gh, m, k: 2 * join(h, e, ge, gh, m, k), "not equal"),
+])  # fmt: skip
+def test_wrong_inputs_are_named(lesson, wrong, hint):
+    with pytest.raises(AssertionError, match=hint):
+        attempt(lesson, "2", "my_join", wrong)
+
+
+def own_count(nll, counts, n, lam):
+    return lam * sum(x[c].mean() for x, c in zip(nll, counts, strict=True)) / len(nll)
+
+
+@pytest.mark.parametrize("wrong, hint", [
+    (own_count, "its own labels"),
+    (lambda nll, c, n, lam: lam * sum((x * y).mean() for x, y in zip(nll, c, strict=True)) / 3, "divided by T - k"),
+    (lambda nll, c, n, lam: 3 * term(nll, c, n, lam), "divide by D"),
+    (lambda nll, c, n, lam: term(nll, c, n, 1.0), "lambda is missing"),
+    (lambda nll, c, n, lam: lam * sum(x.sum() for x in nll) / n / 3, "do not count"),
+    (lambda nll, c, n, lam: lam * torch.cat([x[y] for x, y in zip(nll, c, strict=True)]).mean(), "one mean"),
+    (lambda nll, c, n, lam: n * term(nll, c, n, lam), "not divided by T"),
+    (lambda nll, c, n, lam: -term(nll, c, n, lam), "not equal"),
+])  # fmt: skip
+def test_wrong_terms_are_named(lesson, wrong, hint):
+    with pytest.raises(AssertionError, match=hint):
+        attempt(lesson, "3", "my_mtp_term", wrong)
+
+
+def unchained(good):
+    place = passes = 0
+    while place < len(good):
+        passes, place = passes + 1, place + 1 + int(good[place].sum())
+    return place / passes
+
+
+@pytest.mark.parametrize("wrong, hint", [
+    (lambda good: 1 + sum(shares(good)), "only after a right first"),
+    (lambda good: 1 + shares(good)[0] * (1 + shares(good)[1]), "not independent"),
+    (lambda good: 1 + good.long().cumprod(1).double().mean(0).sum(), "over all positions"),
+    (unchained, "after a wrong draft"),
+    (lambda good: tokens_a_pass(good) - 1, "own token is missing"),
+    (lambda good: 1.01 * tokens_a_pass(good), "not equal"),
+])  # fmt: skip
+def test_wrong_tokens_a_pass_are_named(lesson, wrong, hint):
+    with pytest.raises(AssertionError, match=hint):
+        attempt(lesson, "4", "my_tokens_a_pass", wrong)
