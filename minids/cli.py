@@ -13,6 +13,8 @@ COMMANDS = {
     "experiment": ("minids.experiments.run", "ExperimentConfig", "run_experiment", "run many small trainings"),
     "count": ("minids.count", "CountConfig", "run_count", "count a model's parameters, FLOPs, cache and FP8 scales"),
     "rl": ("minids.rl.run", "RLConfig", "run_rl", "teach a model to reason by rewards for right answers"),
+    "r1": ("minids.rl.stages_run", "R1RunConfig", "run_r1", "the four stages of R1, from a base model to a reasoner"),
+    "distill": ("minids.rl.stages_run", "DistillRunConfig", "run_distill", "a small model learns from a reasoner"),
     "schedule": ("minids.pipeline.command", "ScheduleConfig", "run_schedule", "draw and time a pipeline schedule"),
 }
 POSITIONAL = {"count", "schedule"}  # their required settings are given without a flag: count v3, schedule dualpipe
