@@ -33,8 +33,6 @@ CANDIDATES = {
     "BF16 autocast": (None, {}, True),
     "v3": ("v3", {}, False),
     "v3, nothing recomputed": ("v3", {"recompute": False}, False),
-    "v3, BF16 autocast": ("v3", {}, True),
-    "v3_ue8m0": ("v3_ue8m0", {}, False),
     "tensor": ("tensor", {}, False),
     "mx": ("mx", {}, False),
     "no_promotion": ("no_promotion", {}, False),
