@@ -56,7 +56,7 @@ def eight_steps(timeline: Timeline, steps: Sequence[Sequence[int]], names: Seque
 @styled
 def memory_over_time(timelines: Mapping[str, Timeline]) -> Figure:
     """Activations that rank 0 and a rank in the middle hold, in units of one micro-batch through 1/ranks of the model."""
-    fig, axes = plt.subplots(1, 2, figsize=(9.6, 3.2), sharey=True)
+    fig, axes = plt.subplots(1, 2, figsize=(9.0, 2.9), sharey=True)
     for ax, rank in zip(axes, (0, next(iter(timelines.values())).schedule.ranks // 2), strict=True):
         for colour, style, (name, timeline) in zip(COLOURS, ("-", "--", "-.", ":", "-"), timelines.items(), strict=False):
             share = timeline.schedule.ranks / timeline.schedule.stages
@@ -76,7 +76,7 @@ def memory_over_time(timelines: Mapping[str, Timeline]) -> Figure:
 @styled
 def bubbles_by_ranks(ranks: Sequence[int], bubbles: Mapping[str, Sequence[float]]) -> Figure:
     """Bubble over the number of ranks, one line a schedule."""
-    fig, ax = plt.subplots(figsize=(6.4, 3.4))
+    fig, ax = plt.subplots(figsize=(5.8, 3.1))
     for colour, mark, (name, values) in zip((*COLOURS, INK), MARKS, bubbles.items(), strict=False):
         ax.plot(ranks, values, color=colour, marker=mark, markersize=4, label=name, linewidth=1.2)
     ax.set(xlabel="pipeline ranks PP", ylabel="bubble (forwards of 1/PP of the model)")
@@ -122,7 +122,7 @@ def chunk_overlap(rows: Mapping[str, Sequence[Entry]], scale: float = 1.0, unit:
 def overlap_limits(ratios: Sequence[float], shares: Mapping[str, Sequence[float]], sms: Sequence[int],
                    milliseconds: Mapping[str, Sequence[float]]) -> Figure:
     """Left: share of the time without computation, over computation : communication. Right: a layer's pair over SMs."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.3))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9.0, 3.0))
     for colour, style, (name, values) in zip((RED, BLUE, GREEN), ("-", "--", "-."), shares.items(), strict=False):
         left.plot(ratios, [100 * v for v in values], color=colour, linestyle=style, label=name)
     left.axvline(1, color=GREY, linewidth=0.8, linestyle=":")
@@ -162,7 +162,7 @@ def makespan_bars(parts: Mapping[str, Mapping[str, float]], unit: str) -> Figure
 @styled
 def formula_limits(panels: Mapping[str, tuple[Sequence[float], Mapping[str, Sequence[float]]]]) -> Figure:
     """One panel for each thing that the formulas leave out: x values, and the bubble of each schedule over its formula."""
-    fig, axes = plt.subplots(1, len(panels), figsize=(9.6, 3.2))
+    fig, axes = plt.subplots(1, len(panels), figsize=(9.0, 2.9))
     for ax, (label, (values, lines)) in zip(axes, panels.items(), strict=True):
         for colour, mark, (name, ys) in zip((GREY, ORANGE, PURPLE, BLUE), MARKS, lines.items(), strict=False):
             ax.plot(values, ys, color=colour, marker=mark, markersize=3.5, label=name, linewidth=1.2)
@@ -178,10 +178,10 @@ def side_by_side(timelines: Sequence[Timeline], titles: Sequence[str]) -> Figure
     """Some schedules below each other on one time axis, without legends."""
     longest = max(float(timeline.makespan) for timeline in timelines)
     rows = [timeline.schedule.ranks for timeline in timelines]
-    size = (9.6, 0.26 * sum(rows) + 0.45 * len(rows))
+    size = (9.0, 0.25 * sum(rows) + 0.42 * len(rows))
     fig, axes = plt.subplots(len(timelines), 1, figsize=size, sharex=True, height_ratios=rows)
     for ax, timeline, title in zip(axes, timelines, titles, strict=True):
-        paint(ax, timeline, inch=8.8 / longest, size=7)
+        paint(ax, timeline, inch=8.2 / longest, size=7)
         ax.set_title(title, fontsize=9, loc="left", pad=2)
         ax.set_xlim(0, longest)
         ax.grid(False)

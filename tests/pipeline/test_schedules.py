@@ -209,6 +209,28 @@ def test_a_backward_before_its_forward_is_found(name):
                     validate(edited(schedule, rank, lambda row, k=k: row.append(row.pop(k))))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_forward_swapped_with_its_backward_is_found(name):
+    """And an input gradient with its W: every pair of actions of one micro-batch that must keep their order."""
+    schedule = build_schedule(name, ranks=4, micro_batches=8)
+    swaps = 0
+    for rank, row in enumerate(schedule.actions):
+        place = {(a.kind, a.stage, a.micro_batch): k for k, a in enumerate(row)}
+        for (kind, stage, m), k in place.items():
+            for after in ("B", "I") if kind == "F" else ("W",) if kind == "I" else ():
+                other = place.get((after, stage, m))
+                if other is None:
+                    continue
+                swaps += 1
+
+                def swap(row, k=k, other=other):
+                    row[k], row[other] = row[other], row[k]
+
+                with pytest.raises(ScheduleError, match="comes before its|deadlock"):
+                    validate(edited(schedule, rank, swap))
+    assert swaps >= 8
+
+
 def test_a_deadlock_between_ranks_is_found_and_explained():
     """Rank 0 insists on B0 before F1, rank 1 on F1 before B0: each rank's own order is fine."""
     schedule = build_schedule("gpipe", ranks=2, micro_batches=2)
