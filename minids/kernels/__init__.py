@@ -4,7 +4,7 @@
 """
 
 from minids.kernels.block import dequantize_block, quantize_block
-from minids.kernels.fp8_gemm import fp8_gemm
+from minids.kernels.gemm_fp8 import fp8_gemm
 from minids.kernels.grouped import grouped_gemm, grouped_wgrad
 from minids.kernels.grouped_fp8 import grouped_fp8_gemm, grouped_fp8_wgrad
 from minids.kernels.quantize import quantize_tile, quantize_tile_both, quantize_tile_t

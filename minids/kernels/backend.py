@@ -30,6 +30,7 @@ except ImportError:  # Triton is optional: references work without it
     triton, tl, TensorDescriptor = None, _NoLanguage, None
 
 BACKENDS = ("torch", "triton")
+INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)  # kernels run in Triton's CPU interpreter
 TILE = 128  # channels that share a scale, and the depth at which sums are promoted to FP32
 E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
 OUT_DTYPES = (torch.bfloat16, torch.float32)
@@ -72,27 +73,23 @@ def _obstacle(device: torch.device) -> str | None:
     if triton is None:
         return "Triton is not installed"
     if device.type == "cuda":
-        capability = _capability(device.index or 0)
-        return None if capability >= (9, 0) else f"{device} has capability {capability}, the kernels need (9, 0) or above"
-    if interpreted() and device.type == "cpu":
+        found = capability(device)
+        return None if found >= (9, 0) else f"{device} has capability {found}, the kernels need (9, 0) or above"
+    if INTERPRETED and device.type == "cpu":
         return None
     return f"got tensors on {device}, expected a CUDA device (or the CPU with TRITON_INTERPRET=1 set before the start)"
 
 
 @cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+def capability(device: torch.device) -> tuple[int, int]:
+    """The device's compute capability; (0, 0) for the CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 @cache
 def multiprocessors(device: torch.device) -> int:
     """How many multiprocessors the device has; 4 pretended ones under the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-def interpreted() -> bool:
-    """Whether kernels run under Triton's CPU interpreter."""
-    return triton is not None and bool(triton.knobs.runtime.interpret)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -31,8 +31,8 @@ from minids.kernels.backend import (
     jit,
     tl,
 )  # fmt: skip
-from minids.kernels.fp8_gemm import reference as gemm_reference
-from minids.kernels.fp8_gemm import scaled_sum, store_tile, tile_of
+from minids.kernels.gemm_fp8 import prefers_gluon, scaled_sum, store_tile, tile_of
+from minids.kernels.gemm_fp8 import reference as gemm_reference
 from minids.kernels.grouped import blocks_of, find_tiles
 from minids.kernels.quantize import quantize_tile_t
 
@@ -81,7 +81,7 @@ def grouped_fp8_wgrad(dy: Tensor, x: Tensor, ends: Tensor, *, scale: str = "fp32
             f"dy, x: got shapes {tuple(dy.shape)} and {tuple(x.shape)}, expected (M, N) and (M, K), M a multiple of 128"
         )
     name = choose(backend, dy, x, ends)
-    (dy_t, dy_scale), (x_t, x_scale) = (quantize_tile_t(t, scale=scale, backend=name) for t in (dy, x))
+    (dy_t, dy_scale), (x_t, x_scale) = (quantize_tile_t(t, scale=scale, column_major=True, backend=name) for t in (dy, x))
     if name == "torch":
         return wgrad_reference(dy_t, dy_scale, x_t, x_scale, ends)
     return torch.ops.minids.grouped_fp8_wgrad(dy_t, dy_scale, x_t, x_scale, ends)
@@ -112,33 +112,33 @@ def wgrad_reference(dy_t: Tensor, dy_scale: Tensor, x_t: Tensor, x_scale: Tensor
 @jit(varying=("M", "E", "m_tiles", "b_stride_e", "b_stride_n"))
 def _grouped(a_desc, b_desc, c_ptr, a_scale_ptr, b_scale_ptr, tiles_ptr, M, N, K, E, m_tiles,
              a_stride_m, a_stride_k, b_stride_e, b_stride_n, b_stride_k,
-             BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
-             SPECIALIZE: tl.constexpr):
+             BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
     m_tile, n_tile = tile_of(tl.program_id(0), m_tiles, tl.cdiv(N, BN), GROUP)
     expert = tl.load(tiles_ptr + m_tile * 3)
     row = tl.load(tiles_ptr + m_tile * 3 + 1)
     end = tl.load(tiles_ptr + m_tile * 3 + 2)
     total = scaled_sum(a_desc, b_desc, a_scale_ptr, b_scale_ptr + expert * b_stride_e, row, n_tile * BN, expert * N,
-                       M, N, 0, tl.where(expert < E, tl.cdiv(K, 128), 0), a_stride_m, a_stride_k, b_stride_n, b_stride_k, BM, BN, False, SPECIALIZE)
+                       M, N, 0, tl.where(expert < E, tl.cdiv(K, 128), 0), a_stride_m, a_stride_k,
+                       b_stride_n, b_stride_k, BM, BN, False)
     store_tile(c_ptr, total, row, n_tile * BN, end, N, BM, BN)
 
 
-@jit(varying=("E", "a_stride_n", "b_stride_k"))
+@jit(varying=("E",))
 def _wgrad(a_desc, b_desc, c_ptr, a_scale_ptr, b_scale_ptr, ends_ptr, N, K, E,
            a_stride_n, a_stride_m, b_stride_k, b_stride_m,
-           BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPECIALIZE: tl.constexpr):
+           BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
     n_tiles, k_tiles = tl.cdiv(N, BN), tl.cdiv(K, BK)
     expert = tl.program_id(0) // (n_tiles * k_tiles)
     n_tile, k_tile = tile_of(tl.program_id(0) % (n_tiles * k_tiles), n_tiles, k_tiles, GROUP)
     start = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0) // 128
     total = scaled_sum(a_desc, b_desc, a_scale_ptr, b_scale_ptr, n_tile * BN, k_tile * BK, 0, N, K,
                        start, tl.load(ends_ptr + expert) // 128,
-                       a_stride_n, a_stride_m, b_stride_k, b_stride_m, BN, BK, True, SPECIALIZE)
+                       a_stride_n, a_stride_m, b_stride_k, b_stride_m, BN, BK, True)
     store_tile(c_ptr + expert.to(tl.int64) * N * K, total, n_tile * BN, k_tile * BK, N, K, BN, BK)
 
 
-FORWARD = {"BM": 64, "BN": 128, "GROUP": 8, "SPECIALIZE": False, "num_warps": 4, "num_stages": 3}
-WGRAD = {"BN": 64, "BK": 128, "GROUP": 8, "SPECIALIZE": False, "num_warps": 4, "num_stages": 3}
+FORWARD = {"BM": 64, "BN": 128, "GROUP": 4, "num_warps": 4, "num_stages": 3}
+WGRAD = {"BN": 64, "BK": 128, "GROUP": 16, "num_warps": 4, "num_stages": 3}
 
 
 def launch(
@@ -179,11 +179,19 @@ def _grouped_fp8_gemm(
 ) -> Tensor:
     check_rows("a", a)
     check_rows("b", b)
+    if prefers_gluon(len(a), b.shape[1], out_dtype, a.device):
+        from minids.kernels import gemm_fp8_gluon
+
+        return gemm_fp8_gluon.grouped(a, a_scale, b, b_scale, find_tiles(ends, len(a), TILE), out_dtype)
     return launch(a, a_scale, b, b_scale, ends, out_dtype, FORWARD)
 
 
 @torch.library.custom_op("minids::grouped_fp8_wgrad", mutates_args=())
 def _grouped_fp8_wgrad(dy_t: Tensor, dy_scale: Tensor, x_t: Tensor, x_scale: Tensor, ends: Tensor) -> Tensor:
+    if len(dy_t) % TILE == 0 and x_t.shape[1] and prefers_gluon(len(dy_t) + 1, len(x_t), torch.float32, x_t.device):
+        from minids.kernels import gemm_fp8_gluon
+
+        return gemm_fp8_gluon.grouped_wgrad(dy_t, dy_scale, x_t, x_scale, ends)
     return launch_wgrad(dy_t, dy_scale, x_t, x_scale, ends, WGRAD)
 
 
@@ -205,7 +213,7 @@ def _check(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, ends: Tensor,
         raise TypeError(f"out_dtype: got {out_dtype}, expected {' or '.join(map(str, OUT_DTYPES))}")
     (m, k), (e, n, _) = a.shape, b.shape
     if 0 in b.shape or b.shape[2] != k:
-        raise ValueError(f"a, b: got shapes {tuple(a.shape)} and {tuple(b.shape)}, expected (M, K) and (E, N, K), one K > 0")
+        raise ValueError(f"a, b: got shapes {tuple(a.shape)} and {tuple(b.shape)}, expected (M, K) and (E, N, K), K > 0")
     if not b.is_contiguous():
         raise ValueError(f"b: got strides {b.stride()} for shape {tuple(b.shape)}, expected a contiguous tensor")
     check_shape("a_scale", a_scale, (m, cdiv(k, TILE)))
@@ -216,4 +224,4 @@ def _check(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, ends: Tensor,
 def _check_multiples(ends: Tensor) -> None:
     bad = [end for end in ends.tolist() if end % TILE]
     if bad:
-        raise ValueError(f"ends: got {bad[0]}, expected multiples of {TILE}: blocks of rows that share a scale, one expert each")
+        raise ValueError(f"ends: got {bad[0]}, expected multiples of {TILE}: rows that share a scale are one expert's")

@@ -60,13 +60,15 @@ def quantize_tile(
     return torch.ops.minids.quantize_tile(x, scale == "ue8m0", column_major)
 
 
-def quantize_tile_t(x: Tensor, *, scale: str = "fp32", backend: str | None = None) -> tuple[Tensor, Tensor]:
+def quantize_tile_t(
+    x: Tensor, *, scale: str = "fp32", column_major: bool = False, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
     """`quantize_tile` of the transpose: q (K, M), whose row stride is M rounded up to 16, and scale_inv (K, ceil(M / 128)).
     Arguments and errors as there."""
     _check(x, scale)
     if choose(backend, x) == "torch":
-        return _reference_t(x, scale)
-    return torch.ops.minids.quantize_tile_t(x, scale == "ue8m0")
+        return _reference_t(x, scale, column_major)
+    return torch.ops.minids.quantize_tile_t(x, scale == "ue8m0", column_major)
 
 
 def quantize_tile_both(
@@ -76,7 +78,7 @@ def quantize_tile_both(
     _check(x, scale)
     if choose(backend, x) == "torch":
         q, scale_inv = reference(x, scale)
-        return q, _column_major(scale_inv) if column_major else scale_inv, *_reference_t(x, scale)
+        return q, _column_major(scale_inv) if column_major else scale_inv, *_reference_t(x, scale, column_major)
     return torch.ops.minids.quantize_tile_both(x, scale == "ue8m0", column_major)
 
 
@@ -86,10 +88,10 @@ def quantize_tile_both(
 def reference(x: Tensor, scale: str = "fp32") -> tuple[Tensor, Tensor]:
     """The specification: q (M, K), scale_inv (M, ceil(K / 128)), in PyTorch."""
     m, k = x.shape
-    tiles = F.pad(x.float(), (0, -k % TILE)).view(m, -1, TILE)
+    tiles = F.pad(x.float(), (0, -k % TILE)).view(m, cdiv(k, TILE), TILE)
     scale_inv = scale_of(tiles.abs().amax(-1), scale)
     scaled = (tiles / scale_inv[..., None]).clamp(-E4M3_MAX, E4M3_MAX)  # amax / s can round to just above 448
-    return scaled.to(torch.float8_e4m3fn).view(m, -1)[:, :k].contiguous(), scale_inv
+    return scaled.to(torch.float8_e4m3fn).flatten(1)[:, :k].contiguous(), scale_inv
 
 
 def scale_of(amax: Tensor, scale: str = "fp32") -> Tensor:
@@ -104,11 +106,9 @@ def scale_of(amax: Tensor, scale: str = "fp32") -> Tensor:
     return torch.where(amax < torch.inf, scale_inv, torch.nan)
 
 
-def _reference_t(x: Tensor, scale: str) -> tuple[Tensor, Tensor]:
+def _reference_t(x: Tensor, scale: str, column_major: bool) -> tuple[Tensor, Tensor]:
     q, scale_inv = reference(x.t(), scale)
-    padded = _empty_t(x)
-    padded.copy_(q)
-    return padded, scale_inv
+    return _empty_t(x, False)[0].copy_(q), _column_major(scale_inv) if column_major else scale_inv
 
 
 # ---- Triton ----
@@ -117,8 +117,9 @@ def _reference_t(x: Tensor, scale: str) -> tuple[Tensor, Tensor]:
 @jit
 def e4m3_scale(amax_bits, UE8M0: tl.constexpr):
     """The scale of tiles from the bits of their largest magnitudes: as integers NaN > infinity > every number."""
-    amax = amax_bits.to(tl.float32, bitcast=True)
-    scale = tl.div_rn(tl.maximum(amax, SMALLEST), tl.full(amax.shape, 448.0, tl.float32))
+    amax = tl.maximum(amax_bits.to(tl.float32, bitcast=True), SMALLEST)
+    scale = amax * (1 / 448)
+    scale = tl.fma(tl.fma(scale, -448.0, amax), 1 / 448, scale)  # amax / 448, correctly rounded: see to_e4m3
     if UE8M0:
         bits = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
         scale = bits.to(tl.float32, bitcast=True)
@@ -136,13 +137,13 @@ def magnitude_bits(x):
 def to_e4m3(x, scale):
     """round_to_E4M3(x / scale). scale has x's shape or broadcasts to it.
 
-    The quotient is the correctly rounded one, without a division a number: x times the rounded 1 / scale is off by at
-    most two units in the last place; a fused multiply-add finds what is missing, exactly, and a second one adds it
-    (Markstein). Tiles so small that the remainder would be subnormal are lifted by 2^64 first. The conversion saturates.
+    The quotient is rounded as a true division rounds it, without a division a number: x times 1 / scale is off by a few
+    units in the last place; a fused multiply-add finds what is missing, and a second one adds it (Markstein). Tiles so
+    small that the remainder would be subnormal are lifted by 2^64 first. The conversion saturates.
     """
     lift = tl.where(scale < 1e-20, -18446744073709551616.0, -1.0)  # negative: the order of signs keeps -0 as it is
     scale *= -lift
-    inverse = tl.div_rn(tl.full(scale.shape, -1.0, tl.float32), scale)
+    inverse = -1.0 / scale
     scale, inverse = tl.broadcast_to(scale, x.shape), tl.broadcast_to(inverse, x.shape)
     x *= lift
     quotient = x * inverse
@@ -164,31 +165,62 @@ def _rows(x_ptr, q_ptr, s_ptr, M, K, x_stride, s_stride_m, s_stride_k,
     tl.store(q_ptr + row[:, None] * K + column, to_e4m3(x, scale[:, None]), mask=mask)
 
 
-@jit(varying=("M", "st_stride"))
-def _square(x_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, M, K, x_stride, s_stride_m, s_stride_k, qt_stride, st_stride,
-            COLUMNS: tl.constexpr, ROW_PASS: tl.constexpr, UE8M0: tl.constexpr):
-    """One program: 128 tokens of COLUMNS channels, read once; quantised down the columns, and along the rows if asked."""
-    row = (tl.program_id(1) * 128 + tl.arange(0, 128)).to(tl.int64)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+@jit
+def _load_rows(x_ptr, row, column, M, K, x_stride):
     mask = (row[:, None] < M) & (column[None, :] < K)
-    x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    bits = magnitude_bits(x)
+    return tl.load(x_ptr + row.to(tl.int64)[:, None] * x_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
 
-    scale_t = e4m3_scale(tl.max(bits, axis=0), UE8M0)
-    tl.store(st_ptr + column.to(tl.int64) * st_stride + tl.program_id(1), scale_t, mask=column < K)
-    q_t = to_e4m3(x, scale_t[None, :])
-    tl.store(qt_ptr + column.to(tl.int64)[:, None] * qt_stride + row[None, :], tl.trans(q_t), mask=tl.trans(mask))
+
+@jit
+def _byte(x, scale, SHIFT: tl.constexpr):
+    """The E4M3 bits of x / scale, in byte SHIFT / 8 of a word."""
+    return to_e4m3(x, scale).to(tl.uint8, bitcast=True).to(tl.int32) << SHIFT
+
+
+@jit
+def _store_rows(x, q_ptr, s_ptr, row, column, M, K, s_stride_m, UE8M0: tl.constexpr):
+    """The pass along rows for the tiles of 128 channels in x."""
+    scale = e4m3_scale(tl.max(magnitude_bits(x), axis=1), UE8M0)
+    tl.store(s_ptr + row * s_stride_m, scale, mask=row < M)
+    mask = (row[:, None] < M) & (column[None, :] < K)
+    tl.store(q_ptr + row.to(tl.int64)[:, None] * K + column[None, :], to_e4m3(x, scale[:, None]), mask=mask)
+
+
+@jit(varying=("M",))
+def _square(x_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, M, K, words, x_stride, s_stride_m, s_stride_k, st_stride_k, st_stride_m,
+            COLUMNS: tl.constexpr, ROW_PASS: tl.constexpr, UE8M0: tl.constexpr):
+    """One program: 128 tokens of COLUMNS channels, read once; quantised down the columns, and along the rows if asked.
+
+    Bytes are slow to turn: the exchange between threads goes by words. So a thread's value is a word of four tokens of one
+    channel, made of four loads, and the words are turned. qt_ptr points to words, `words` of them to a row.
+    """
+    quad = tl.program_id(1) * 32 + tl.arange(0, 32)  # tokens 4 quad to 4 quad + 3
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    x0 = _load_rows(x_ptr, quad * 4, column, M, K, x_stride)
+    x1 = _load_rows(x_ptr, quad * 4 + 1, column, M, K, x_stride)
+    x2 = _load_rows(x_ptr, quad * 4 + 2, column, M, K, x_stride)
+    x3 = _load_rows(x_ptr, quad * 4 + 3, column, M, K, x_stride)
+
+    bits = tl.maximum(magnitude_bits(x0), magnitude_bits(x1))
+    bits = tl.maximum(bits, tl.maximum(magnitude_bits(x2), magnitude_bits(x3)))
+    scale = e4m3_scale(tl.max(bits, axis=0), UE8M0)
+    tl.store(st_ptr + column.to(tl.int64) * st_stride_k + tl.program_id(1) * st_stride_m, scale, mask=column < K)
+    scale = scale[None, :]
+    word = _byte(x0, scale, 0) | _byte(x1, scale, 8) | _byte(x2, scale, 16) | _byte(x3, scale, 24)
+    mask = (column[:, None] < K) & (quad[None, :] < words)
+    tl.store(qt_ptr + column.to(tl.int64)[:, None] * words + quad[None, :], tl.trans(word), mask=mask)
 
     if ROW_PASS:  # COLUMNS = 128: the program's channels are one tile
-        scale = e4m3_scale(tl.max(bits, axis=1), UE8M0)
-        tl.store(s_ptr + row * s_stride_m + tl.program_id(0) * s_stride_k, scale, mask=row < M)
-        q = to_e4m3(x, scale[:, None])
-        tl.store(q_ptr + row[:, None] * K + column[None, :], q, mask=mask)
+        s_ptr += tl.program_id(0) * s_stride_k
+        _store_rows(x0, q_ptr, s_ptr, quad * 4, column, M, K, s_stride_m, UE8M0)
+        _store_rows(x1, q_ptr, s_ptr, quad * 4 + 1, column, M, K, s_stride_m, UE8M0)
+        _store_rows(x2, q_ptr, s_ptr, quad * 4 + 2, column, M, K, s_stride_m, UE8M0)
+        _store_rows(x3, q_ptr, s_ptr, quad * 4 + 3, column, M, K, s_stride_m, UE8M0)
 
 
 # From a sweep on an H200: tokens, tiles and warps a program of _rows; channels and warps a program of _square.
-ROWS, TILES, WARPS = 4, 4, 4
-COLUMNS_T, WARPS_T, WARPS_BOTH = 64, 8, 16
+ROWS, TILES, WARPS = 16, 1, 2
+COLUMNS_T, WARPS_T, WARPS_BOTH = 64, 4, 8
 
 
 @torch.library.custom_op("minids::quantize_tile", mutates_args=())
@@ -201,24 +233,31 @@ def _quantize_tile(x: Tensor, ue8m0: bool, column_major: bool) -> tuple[Tensor, 
 
 
 @torch.library.custom_op("minids::quantize_tile_t", mutates_args=())
-def _quantize_tile_t(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
-    (m, k), q_t, scale_t = x.shape, _empty_t(x), x.new_empty((x.shape[1], cdiv(len(x), TILE)), dtype=torch.float32)
+def _quantize_tile_t(x: Tensor, ue8m0: bool, column_major: bool) -> tuple[Tensor, Tensor]:
+    q_t, scale_t = _empty_t(x, column_major)
     if q_t.numel():
-        grid = (cdiv(k, COLUMNS_T), cdiv(m, TILE))
-        _square[grid](x, q_t, scale_t, q_t, scale_t, m, k, x.stride(0), 0, 0, q_t.stride(0), scale_t.stride(0),
-                      COLUMNS_T, False, ue8m0, num_warps=WARPS_T)
+        _launch_square(x, q_t, scale_t, q_t, scale_t, COLUMNS_T, False, ue8m0, WARPS_T)
     return q_t, scale_t
 
 
 @torch.library.custom_op("minids::quantize_tile_both", mutates_args=())
 def _quantize_tile_both(x: Tensor, ue8m0: bool, column_major: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (m, k), q, scale_inv = x.shape, *_empty(x, column_major)
-    q_t, scale_t = _empty_t(x), x.new_empty((k, cdiv(m, TILE)), dtype=torch.float32)
+    (q, scale_inv), (q_t, scale_t) = _empty(x, column_major), _empty_t(x, column_major)
     if q.numel():
-        grid = (cdiv(k, TILE), cdiv(m, TILE))
-        _square[grid](x, q, scale_inv, q_t, scale_t, m, k, x.stride(0), *scale_inv.stride(), q_t.stride(0),
-                      scale_t.stride(0), TILE, True, ue8m0, num_warps=WARPS_BOTH)
+        _launch_square(x, q, scale_inv, q_t, scale_t, TILE, True, ue8m0, WARPS_BOTH)
     return q, scale_inv, q_t, scale_t
+
+
+def _launch_square(
+    x: Tensor, q: Tensor, scale_inv: Tensor, q_t: Tensor, scale_t: Tensor, columns: int, row_pass: bool, ue8m0: bool,
+    warps: int,
+) -> None:
+    (m, k), words = x.shape, cdiv(len(x), 16) * 4
+    words_t = q_t.as_strided((k, words * 4), (words * 4, 1)).view(torch.int32)  # rows with what pads them
+    _square[(cdiv(k, columns), cdiv(m, TILE))](
+        x, q, scale_inv, words_t, scale_t, m, k, words, x.stride(0), *scale_inv.stride(), *scale_t.stride(),
+        columns, row_pass, ue8m0, num_warps=warps,
+    )  # fmt: skip
 
 
 @_quantize_tile.register_fake
@@ -227,33 +266,36 @@ def _(x, ue8m0, column_major):
 
 
 @_quantize_tile_t.register_fake
-def _(x, ue8m0):
-    return _empty_t(x), x.new_empty((x.shape[1], cdiv(x.shape[0], TILE)), dtype=torch.float32)
+def _(x, ue8m0, column_major):
+    return _empty_t(x, column_major)
 
 
 @_quantize_tile_both.register_fake
 def _(x, ue8m0, column_major):
-    return (*_empty(x, column_major), *_quantize_tile_t(x, ue8m0))
+    return (*_empty(x, column_major), *_empty_t(x, column_major))
 
 
 def _empty(x: Tensor, column_major: bool) -> tuple[Tensor, Tensor]:
-    """Room for q and scale_inv."""
+    """Room for q (M, K) and its scales."""
+    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), _empty_scale(x, *x.shape, column_major)
+
+
+def _empty_t(x: Tensor, column_major: bool) -> tuple[Tensor, Tensor]:
+    """Room for the transposed q (K, M), rows a multiple of 16 bytes apart, and its scales."""
     m, k = x.shape
-    q, n_tiles = x.new_empty((m, k), dtype=torch.float8_e4m3fn), cdiv(k, TILE)
+    return x.new_empty((k, cdiv(m, 16) * 16), dtype=torch.float8_e4m3fn)[:, :m], _empty_scale(x, k, m, column_major)
+
+
+def _empty_scale(x: Tensor, m: int, k: int, column_major: bool) -> Tensor:
+    """Room for the scales of an (M, K) matrix."""
     if column_major:
-        return q, x.new_empty((n_tiles, cdiv(m, 4) * 4), dtype=torch.float32).t()[:m]
-    return q, x.new_empty((m, n_tiles), dtype=torch.float32)
-
-
-def _empty_t(x: Tensor) -> Tensor:
-    """Room for the transposed q, rows a multiple of 16 bytes apart."""
-    m, k = x.shape
-    return x.new_empty((k, cdiv(m, 16) * 16), dtype=torch.float8_e4m3fn)[:, :m]
+        return x.new_empty((cdiv(k, TILE), cdiv(m, 4) * 4), dtype=torch.float32).t()[:m]
+    return x.new_empty((m, cdiv(k, TILE)), dtype=torch.float32)
 
 
 def _column_major(scale_inv: Tensor) -> Tensor:
     m, n_tiles = scale_inv.shape
-    return scale_inv.new_empty((n_tiles, cdiv(m, 4) * 4)).t()[:m].copy_(scale_inv)
+    return _empty_scale(scale_inv, m, n_tiles * TILE, True).copy_(scale_inv)
 
 
 def _check(x: Tensor, scale: str) -> None:

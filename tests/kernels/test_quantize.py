@@ -1,0 +1,136 @@
+"""Quantisation: the bits of `minids.fp8`, wherever it runs."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numbers_ import hard, same_bits
+
+from minids import fp8
+from minids.kernels import (
+    block,
+    dequantize_block,
+    quantize,
+    quantize_block,
+    quantize_tile,
+    quantize_tile_both,
+    quantize_tile_t,
+)
+
+SHAPES = [(1, 1), (5, 300), (33, 128), (130, 257), (16, 1024)]
+DTYPES = [torch.bfloat16, torch.float32, torch.float16]
+
+
+@pytest.mark.parametrize("scale", ["fp32", "ue8m0"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_pass_has_the_bits_of_minids_fp8(where, shape, dtype, scale):
+    backend, device = where
+    x = hard(*shape, dtype, device)
+    expected = [*fp8.quantize_tile(x.cpu(), scale=scale), *fp8.quantize_tile(x.cpu().t(), scale=scale)]
+    one = [*quantize_tile(x, scale=scale, backend=backend), *quantize_tile_t(x, scale=scale, backend=backend)]
+    both = quantize_tile_both(x, scale=scale, column_major=True, backend=backend)
+    for made in (one, both):
+        assert [same_bits(a, b) for a, b in zip(made, expected, strict=True)] == [True] * 4
+
+
+@settings(max_examples=25)
+@given(m=st.integers(1, 140), k=st.integers(1, 300), seed=st.integers(0, 2**31), column_major=st.booleans())
+def test_reference_on_any_shape(m, k, seed, column_major):
+    x = hard(m, k, torch.bfloat16, "cpu", seed)
+    made = quantize_tile_both(x, column_major=column_major, backend="torch")
+    expected = [*fp8.quantize_tile(x), *fp8.quantize_tile(x.t())]
+    assert [same_bits(a, b) for a, b in zip(made, expected, strict=True)] == [True] * 4
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_kernel_on_random_shapes(kernel, seed):
+    m, k = (torch.randint(1, n, (), generator=torch.Generator().manual_seed(seed)).item() for n in (300, 500))
+    x = hard(m, k, torch.float32, kernel, seed)
+    made, expected = (quantize_tile_both(x, backend=name) for name in ("triton", "torch"))
+    assert [same_bits(a, b) for a, b in zip(made, expected, strict=True)] == [True] * 4
+
+
+def test_layouts(where):
+    backend, device = where
+    x = hard(37, 300, torch.bfloat16, device)
+    q, scale_inv = quantize_tile(x, column_major=True, backend=backend)
+    assert q.stride() == (300, 1) and scale_inv.shape == (37, 3) and scale_inv.stride() == (1, 40)
+    q_t, scale_t = quantize_tile_t(x, backend=backend)
+    assert q_t.shape == (300, 37) and q_t.stride() == (48, 1) and scale_t.stride() == (1, 1)
+    assert quantize_tile_t(x, column_major=True, backend=backend)[1].stride() == (1, 300)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_tile_that_is_not_finite_becomes_nan_and_no_other(where, bad):
+    backend, device = where
+    x = hard(8, 256, torch.float32, device)
+    clean = quantize_tile(x, backend=backend)
+    x[5, 130] = bad
+    q, scale_inv = quantize_tile(x, backend=backend)
+    assert scale_inv.isnan().nonzero().tolist() == [[5, 1]] and q[5, 128:].float().isnan().all()
+    q[5, 128:], scale_inv[5, 1] = clean[0][5, 128:], clean[1][5, 1]
+    assert same_bits(q, clean[0]) and same_bits(scale_inv, clean[1])
+
+
+@pytest.mark.parametrize("shape", [(200, 300), (3, 130, 128), (2, 1, 1)], ids=str)
+@pytest.mark.parametrize("scale", ["fp32", "ue8m0"])
+def test_blocks_have_the_bits_of_minids_fp8(where, shape, scale):
+    backend, device = where
+    w = hard(shape[-2] * (shape[0] if len(shape) == 3 else 1), shape[-1], torch.bfloat16, device).view(shape)
+    q, scale_inv = quantize_block(w, scale=scale, backend=backend)
+    expected = fp8.quantize_block(w.cpu(), scale=scale)
+    assert same_bits(q, expected[0]) and same_bits(scale_inv, expected[1])
+    for dtype in (torch.bfloat16, torch.float32):
+        assert same_bits(dequantize_block(q, scale_inv, dtype, backend=backend), fp8.dequantize(*expected, dtype=dtype))
+
+
+def test_no_rows(where):
+    backend, device = where
+    q, scale_inv, q_t, scale_t = quantize_tile_both(torch.empty(0, 200, device=device), backend=backend)
+    assert [tuple(t.shape) for t in (q, scale_inv, q_t, scale_t)] == [(0, 200), (0, 2), (200, 0), (200, 0)]
+
+
+@pytest.mark.parametrize(
+    ("call", "exception", "message"),
+    [
+        (lambda: quantize_tile(torch.zeros(2, 2, dtype=torch.int32)), TypeError, "x: got dtype torch.int32"),
+        (lambda: quantize_tile(torch.zeros(2)), ValueError, r"x: got shape \(2,\), expected 2 dimensions"),
+        (lambda: quantize_tile(torch.zeros(4, 4).t()), ValueError, r"x: got strides \(1, 4\), expected unit stride"),
+        (lambda: quantize_tile(torch.zeros(2, 0)), ValueError, r"x: got shape \(2, 0\), expected at least one channel"),
+        (lambda: quantize_tile(torch.zeros(2, 2), scale="fp16"), ValueError, "scale: got 'fp16', expected one of fp32, ue8"),
+        (lambda: quantize_block(torch.zeros(4, 4).t()), ValueError, r"w: got strides \(1, 4\) for shape \(4, 4\)"),
+        (lambda: quantize_block(torch.zeros(0, 4)), ValueError, r"w: got shape \(0, 4\), expected no empty dimension"),
+        (
+            lambda: dequantize_block(torch.zeros(200, 4).to(torch.float8_e4m3fn), torch.ones(1, 1)),
+            ValueError, r"scale_inv: got shape \(1, 1\), expected \(2, 1\)",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_input(call, exception, message):
+    with pytest.raises(exception, match=message):
+        call()
+
+
+def test_registered(kernel):
+    x = hard(20, 130, torch.bfloat16, kernel)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.minids.quantize_tile.default, (x, False, True), test_utils=checks)
+    torch.library.opcheck(torch.ops.minids.quantize_tile_both.default, (x, True, False), test_utils=checks)
+    torch.library.opcheck(torch.ops.minids.quantize_tile_t.default, (x, True, False), test_utils=checks)
+    torch.library.opcheck(torch.ops.minids.quantize_block.default, (x, False), test_utils=checks)
+    args = (*block.reference(x), torch.float32)
+    torch.library.opcheck(torch.ops.minids.dequantize_block.default, args, test_utils=checks[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_hundred_million_numbers():
+    """The quotient without a division: the bits of the division, on many random numbers."""
+    for seed in range(2):
+        torch.manual_seed(seed)
+        x = torch.randn(8192, 7168, device="cuda") * torch.randn(8192, 1, device="cuda").mul(8).exp()
+        for dtype in (torch.float32, torch.bfloat16):
+            y = x.to(dtype)
+            made, expected = quantize_tile(y, backend="triton"), quantize.reference(y)
+            assert torch.equal(made[0].view(torch.uint8), expected[0].view(torch.uint8)) and torch.equal(made[1], expected[1])
