@@ -4,7 +4,7 @@
     light / dark   which way the micro-batch goes: dark cells with white numbers entered at the last rank (DualPipe), come
                    back up the V (ZBV, DualPipeV), or are on a later round (interleaved)
     split cell     an overlapped pair inside one border: forward above, backward below
-    grey           the rank waits
+    hatched        the rank waits
 
 It is drawn from a Timeline, so unequal times and slow links show as they are. Files: .svg and .pdf for print, .png for a
 screen; each is written under a temporary name and renamed.
@@ -35,9 +35,9 @@ TITLES = {
     "gpipe": "GPipe", "1f1b": "1F1B", "interleaved_1f1b": "Interleaved 1F1B", "zb1p": "ZB1P", "zbv": "ZBV",
     "dualpipe": "DualPipe", "dualpipe_v": "DualPipeV",
 }  # fmt: skip
-IDLE, INK, PAPER = "#ececec", "#222222", "white"
+IDLE, HATCH, INK, PAPER = "white", "#b4b4b4", "#222222", "white"
 SUFFIXES = (".svg", ".png", ".pdf")
-RC = {"svg.fonttype": "none", "svg.hashsalt": "minids", "pdf.fonttype": 42, "font.size": 8, "hatch.linewidth": 0.4}
+RC = {"svg.fonttype": "none", "svg.hashsalt": "minids", "pdf.fonttype": 42, "font.size": 8, "hatch.linewidth": 0.5}
 WIDEST = 40.0  # inches; longer schedules get narrower cells, without numbers where they no longer fit
 
 
@@ -91,7 +91,7 @@ def paint(ax: Axes, timeline: Timeline, *, inch: float, numbers: bool = True, id
                 pairs.append(box(float(cell.start), float(cell.end), row + 0.06, row + 0.94))
     ends, ranks = float(timeline.makespan), timeline.schedule.ranks
     rows = [box(0, ends, row + 0.06, row + 0.94) for row in range(ranks)]
-    ax.add_collection(PolyCollection(rows, facecolors=idle, edgecolors="none"))
+    ax.add_collection(PolyCollection(rows, facecolors=idle, edgecolors=HATCH, linewidths=0, hatch="////"))
     thin = 0.5 if inch > 0.05 else 0.0
     ax.add_collection(PolyCollection(boxes, facecolors=colours, edgecolors=PAPER if thin else "face", linewidths=thin))
     ax.add_collection(PolyCollection(pairs, facecolors="none", edgecolors=INK, linewidths=0.9 if thin else 0.2))
@@ -136,7 +136,7 @@ def legend_of(timeline: Timeline) -> list[Patch]:
             entries.append(Patch(facecolor=shade, edgecolor=INK, linewidth=0.4, label=WORDS[kind] + tail))
     if any(action.kind == "FB" for actions in schedule.actions for action in actions):
         entries.append(Patch(facecolor="none", edgecolor=INK, linewidth=1.1, label="overlapped pair, one border"))
-    entries.append(Patch(facecolor=IDLE, edgecolor="none", label="waits"))
+    entries.append(Patch(facecolor=IDLE, edgecolor=HATCH, linewidth=0, hatch="////", label="waits"))
     return entries
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from minids.pipeline.action import Schedule
-from minids.pipeline.draw import INK, PALETTE, PAPER, RC, TITLES, WORDS, check_path, paint, save
+from minids.pipeline.draw import HATCH, INK, PALETTE, PAPER, RC, TITLES, WORDS, check_path, paint, save
 from minids.pipeline.schedules import NAMES, build_schedule
 from minids.pipeline.simulate import Timeline, simulate
 
@@ -73,7 +73,7 @@ def poster_picture(timelines: dict[str, Timeline], *, width: float = 15.0, row_i
         entries = [Patch(facecolor=PALETTE[kind][way], edgecolor=INK, linewidth=0.4, label=WORDS[kind] + tail)
                    for kind in "FBIW" for way, tail in enumerate((", first way", ", second way"))]  # fmt: skip
         entries.append(Patch(facecolor="none", edgecolor=INK, label="overlapped pair"))
-        entries.append(Patch(facecolor=WAITS, label="waits"))
+        entries.append(Patch(facecolor=WAITS, edgecolor=HATCH, linewidth=0, hatch="////", label="waits"))
         fig.legend(handles=entries, loc="lower center", ncols=5, frameon=False, fontsize=7.5)
     return fig
 
