@@ -132,11 +132,12 @@ class Pipeline:
         self.model = build_rank_model(self.cfg, placement.pieces_of(self.rank), device, self.dtype)
         self.model.train()
         self.balancer = Balancer.install(self.model, config.balance)
+        own = placement.schedule.stages_of(self.rank)
+        self.stages = {(d, s): Stage(self.model, placement.pieces[s], config, self.balancer) for d, s in own}
+        # Here FSDP2 will go: fully_shard(each layer), fully_shard(each Stage); experts ignored where they are spread.
         names = [name for name, _ in self.model.named_parameters()]
         owned = {name for name in names if placement.holders(name)[0] == self.rank}
         self.optimizer = PipelineOptimizer(self.model, config.optim, self.cfg.num_hidden_layers, owned, group)
-        own = placement.schedule.stages_of(self.rank)
-        self.stages = {(d, s): Stage(self.model, placement.pieces[s], config, self.balancer) for d, s in own}
         self.shared = self._shared_groups()
         self._engines: dict[tuple[int, int, int], Engine] = {}
 
