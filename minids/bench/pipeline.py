@@ -188,9 +188,14 @@ def run(rounds: int) -> Report:
                    "minids.bench.pipeline", "--device", device, "--rounds", str(rounds), "--out", str(out)]  # fmt: skip
         subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         found = json.loads(out.read_text())
+    return report_of(found, device)
+
+
+def report_of(found: dict, device: str) -> Report:
+    """The table of what ``work`` wrote; a schedule whose gradients are not those of one process misses its target."""
     report = Report(f"{RANKS} ranks on {found['backend']}, {MICRO_BATCHES} micro-batches of "
                     f"{found['tokens_a_micro_batch']} tokens",
-                    ["schedule", "gradients to one process", "step s", "simulated s", "ratio", "to 1F1B", "simulated"],
+                    ["schedule", "gradients to one process", "step s", "simulated s", "ratio", "to 1F1B", "simulated"], [],
                     data=found)  # fmt: skip
     base = found["schedules"]["1f1b"]
     for name, entry in found["schedules"].items():
