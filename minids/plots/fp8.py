@@ -64,7 +64,7 @@ def rounding_errors(x: Sequence[float], errors: Mapping[str, Sequence[float]], b
 def value_histograms(panels: Mapping[str, Mapping[str, Sequence[float]]], low: float, high: float) -> Figure:
     """Histograms of log2 |x / s|, a panel for each granularity and a line for each tensor; the range that the format holds
     is green, what lies left of it becomes 0. ``low``, ``high``: log2 of the smallest and the largest number."""
-    fig, axes = plt.subplots(1, len(panels), figsize=(10.2, 3.3), sharex=True, sharey=True)
+    fig, (axes,) = plt.subplots(1, len(panels), figsize=(10.2, 3.3), sharex=True, sharey=True, squeeze=False)
     bins = np.arange(low - 16, high + 1.01, 0.5)
     for ax, (title, tensors) in zip(axes, panels.items(), strict=True):
         ax.axvspan(low, high, color="#e3f1ea", zorder=0)
@@ -84,10 +84,13 @@ def value_histograms(panels: Mapping[str, Mapping[str, Sequence[float]]], low: f
 
 @styled
 def outlier_maps(x: np.ndarray, lost: Mapping[str, np.ndarray], tile: int) -> Figure:
-    """Left |x| of a matrix with outliers; then, for each granularity, which numbers lost more than half a unit in the last
-    place (red), the groups outlined by their scales. All (T, K)."""
+    """Left |x| of a matrix with outliers, the largest of four neighbouring channels; then, for each granularity, which
+    numbers lost more than half a unit in the last place (red). All (T, K), K a multiple of 4."""
     fig, axes = plt.subplots(1, 1 + len(lost), figsize=(10.6, 2.9), sharey=True)
-    picture = axes[0].imshow(np.log2(np.abs(x) + 2.0**-12), aspect="auto", cmap="viridis", interpolation="nearest")
+    tokens, channels = x.shape
+    largest = np.log2(np.abs(x).reshape(tokens, -1, 4).max(-1))
+    picture = axes[0].imshow(largest, aspect="auto", cmap="viridis", interpolation="nearest",
+                             extent=(-0.5, channels - 0.5, tokens - 0.5, -0.5))  # fmt: skip
     axes[0].set_title("log2 |x|")
     fig.colorbar(picture, ax=axes[0], location="left", pad=0.02, shrink=0.9)
     for ax, (name, bad) in zip(axes[1:], lost.items(), strict=True):
@@ -162,7 +165,7 @@ def three_products() -> Figure:
 @styled
 def accumulation(trace: Mapping[str, Sequence[float]], step: int, errors: Mapping[str, Mapping[int, float]]) -> Figure:
     """Left: one sum on its way along K, its distance from the exact partial sum, a value every ``step`` products. Right:
-    error over K; names that start with "bound" are drawn dotted."""
+    error over K; a single point is drawn as a star."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(10.2, 3.5))
     for (name, values), colour in zip(trace.items(), (RED, BLUE), strict=False):
         left.plot(step * np.arange(1, len(values) + 1), 100 * np.asarray(values), color=colour, label=name)
@@ -170,9 +173,10 @@ def accumulation(trace: Mapping[str, Sequence[float]], step: int, errors: Mappin
     left.set(xlabel="products added so far (count)", ylabel="error (% of the final sum)", title="one sum along K")
     left.legend(loc="lower left")
     for (name, points), colour in zip(errors.items(), (RED, BLUE, GREY), strict=False):
-        bound = name.startswith("bound")
-        right.plot(list(points), [100 * v for v in points.values()], color=GREY if bound else colour, label=name,
-                   linestyle=":" if bound else "-", marker=None if bound else "o", markersize=4)  # fmt: skip
+        alone = len(points) == 1
+        right.plot(list(points), [100 * v for v in points.values()], color=INK if alone else colour,
+                   linestyle="none" if alone else "-", marker="*" if alone else "o", markersize=12 if alone else 4,
+                   label=name)  # fmt: skip
     right.set_xscale("log", base=2)
     right.set_yscale("log")
     right.set(xlabel="K (count, powers of two)", ylabel="error (%)", title="many sums, over K")
@@ -202,17 +206,20 @@ def landing(amax: Sequence[float], largest: Mapping[str, Sequence[float]], limit
 
 @styled
 def format_costs(points: Sequence[tuple[str, str, float, float]]) -> Figure:
-    """Signal over quantisation noise against the bits that a number takes with its share of the scale. ``points``: (label,
-    family, bits, decibels)."""
+    """Signal over quantisation noise against the bits that a number takes with its share of the scale. ``points``:
+    (format, family, bits, decibels)."""
     fig, ax = plt.subplots(figsize=(8.4, 4.0))
     families = list(dict.fromkeys(p[1] for p in points))
     for family, colour, marker in zip(families, (BLUE, GREEN, ORANGE, PURPLE), "osDv", strict=False):
         mine = [p for p in points if p[1] == family]
         ax.scatter([p[2] for p in mine], [p[3] for p in mine], color=colour, marker=marker, s=38, label=family, zorder=3)
-        for label, _, bits, decibels in mine:
-            ax.annotate(label, (bits, decibels), (7, 0), textcoords="offset points", va="center", fontsize=8, color=INK)
+    named: list[tuple[str, float, float]] = []
+    for label, _, bits, decibels in sorted(points, key=lambda p: -p[2]):  # a heap of one format is named once
+        if not any(label == other and abs(bits - b) < 1 and abs(decibels - d) < 3 for other, b, d in named):
+            ax.annotate(label, (bits, decibels), (8, 0), textcoords="offset points", va="center", color=INK)
+            named.append((label, bits, decibels))
     ax.set(xlabel="bits a number, with its share of the scale (bits)", ylabel="signal over noise (dB)")
-    ax.set_xlim(3.8, 14.4)
+    ax.set_xlim(3.8, 13.2)
     ax.legend(loc="upper left")
     return fig
 
@@ -231,7 +238,7 @@ def memory_bars(parts: Mapping[str, Mapping[str, float]], unit: str) -> Figure:
         ax.barh(range(len(parts)), width, left=left, color=colour, label=name, height=0.62)
         left += width
     for y, total in enumerate(left):
-        ax.text(total + left.max() * 0.01, y, f"{total:,.4g}", va="center", color=INK)
+        ax.text(total + left.max() * 0.01, y, f"{total:,.0f}", va="center", color=INK)
     ax.set_yticks(range(len(parts)), list(parts))
     ax.invert_yaxis()
     ax.grid(False, axis="y")
