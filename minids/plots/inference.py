@@ -56,7 +56,7 @@ def cheaper_map(flop_limit: float, byte_share: float, heads: int, longest: int =
     ax.plot(s, s, color=GREY, linewidth=1)
     ax.text(8192, 6, "absorbed: fewer FLOPs, fewer bytes", ha="center", color=INK)
     ax.text(30000, 850, "naive: fewer FLOPs\nabsorbed: fewer bytes", ha="center", color=INK)
-    ax.text(2600, 1150, "naive: fewer of both", ha="center", color=INK, rotation=31)
+    ax.text(11000, 5500, "naive: fewer of both", ha="center", va="center", color=INK, rotation=23)
     ax.text(80, 6000, "T > S does\nnot occur", color=GREY, ha="center")
     ax.set_xscale("log", base=2)
     ax.set_yscale("log", base=2)
@@ -99,7 +99,7 @@ def experts_read(batch: Sequence[int], hit: Sequence[float], drawn: Sequence[flo
     axes[0].text(batch[0], experts * 1.02, f"all {experts}", color=INK)
     axes[0].set(xlabel="tokens in the pass (tokens)", ylabel="experts whose weights are read (count)",
                 ylim=(0, experts * 1.13))
-    axes[0].legend(loc="center left")
+    axes[0].legend(loc="lower right")
     axes[1].loglog(batch, intensity, color=BLUE)
     axes[1].axhline(ridge, color=RED, linewidth=1.2, linestyle="--")
     axes[1].text(batch[0], ridge * 1.15, f"balance in FP8: {ridge:.0f}", color=INK)
@@ -142,11 +142,11 @@ def page_table(pages: Sequence[int | None], fill: Sequence[int], size: int, tabl
     ax.text(-0.15, 0.5, "memory", ha="right", va="center", color=INK)
     for row, (request, table) in enumerate(tables.items()):
         y = -0.75 - 0.75 * row
-        ax.text(-0.15, y, f"request {request}", ha="right", va="center", color=INK)
+        ax.text(-0.15, y, f"request {request}: pages", ha="right", va="center", color=INK)
         for place, page in enumerate(table):
             ax.add_patch(Rectangle((place + 0.06, y - 0.27), 0.88, 0.54, facecolor=COLOURS[request % 5], alpha=0.85))
-            ax.text(place + 0.5, y, f"page {page}", ha="center", va="center", color="white", fontsize=8.5, weight="bold")
-    ax.set(xlim=(-2.0, len(pages) + 0.1), ylim=(-0.75 * len(tables) - 0.5, 1.7))
+            ax.text(place + 0.5, y, str(page), ha="center", va="center", color="white", weight="bold")
+    ax.set(xlim=(-3.0, len(pages) + 0.1), ylim=(-0.75 * len(tables) - 0.5, 1.7))
     ax.axis("off")
     free = sum(owner is None for owner in pages)
     fig.legend(handles=[Patch(facecolor="white", edgecolor=GREY, label=f"free, or the empty rest of a last page"

@@ -12,8 +12,8 @@ from matplotlib.patches import Patch, Rectangle
 from minids.plots.style import BLUE, COLOURS, GREEN, GREY, ORANGE, RED, styled
 
 INK = "#222222"
-SLOT_LOOKS = {"past": ("#cfe3f1", ""), "new": (BLUE, ""), "draft": (ORANGE, ""), "rejected": ("#f4c9b5", "///"),
-              "empty": ("white", "")}  # fmt: skip
+SLOT_LOOKS = {"p": ("past", "#cfe3f1", "", INK), "n": ("new", BLUE, "", "white"), "d": ("draft", ORANGE, "", INK),
+              "r": ("rejected", "#f4c9b5", "///", INK), ".": ("empty", "white", "", INK)}  # fmt: skip
 
 
 @styled
@@ -41,7 +41,7 @@ def tokens_per_step(rates: Sequence[float], curves: Mapping[int, Sequence[float]
     """Expected tokens a step over the acceptance rate, a curve for each number of drafts; ``band``: V3's acceptance."""
     fig, ax = plt.subplots(figsize=(6.8, 3.7))
     ax.axvspan(100 * band[0], 100 * band[1], color="#e8f3ee", zorder=0)
-    ax.text(100 * band[0] - 0.8, 4.6, "V3's second token", ha="right", color=INK)
+    ax.text(100 * band[0] - 0.8, max(curves) + 0.2, "V3's second token", ha="right", color=INK)
     for (drafts, values), colour in zip(curves.items(), COLOURS, strict=False):
         label = f"{drafts} drafts" if drafts > 1 else "1 draft"
         ax.plot(100 * np.asarray(rates), values, color=colour, label=label)
@@ -65,30 +65,29 @@ def speculation_gain(rows: Sequence[int], curves: Mapping[str, Sequence[float]],
     ax.set_xticks(ticks, [f"{n // 1024}K" if n >= 1024 else str(n) for n in ticks])
     ax.minorticks_off()
     ax.set(xlabel="rows in the batch (conversations)", ylabel="speed with / without draft (ratio)", ylim=(0.82, 2.02))
-    ax.legend(loc="lower left", bbox_to_anchor=(0.0, 0.16))
+    ax.legend(loc="upper right", bbox_to_anchor=(1.0, 0.86))
     return fig
 
 
 @styled
-def draft_slots(steps: Mapping[str, Sequence[Sequence[str]]], tokens: Mapping[str, Sequence[Sequence[str]]]) -> Figure:
-    """What each slot of the cache holds, row by row, after each step. ``steps``: title -> rows of kinds (past, new, draft,
-    rejected, empty); ``tokens``: the same shape, the token written in the slot."""
+def draft_slots(steps: Mapping[str, Sequence[str]]) -> Figure:
+    """What each slot of the cache holds, row by row, at each moment. ``steps``: title -> rows, strings of slots apart by
+    spaces: p (past), n (new), d (draft) or r (rejected) and the token, or a dot (empty)."""
     fig, axes = plt.subplots(1, len(steps), figsize=(3.6 * len(steps), 2.1))
     for ax, (title, rows) in zip(np.atleast_1d(axes), steps.items(), strict=True):
-        for r, kinds in enumerate(rows):
-            for slot, kind in enumerate(kinds):
-                colour, hatch = SLOT_LOOKS[kind]
+        width = len(rows[0].split())
+        for r, slots in enumerate(rows):
+            for slot, text in enumerate(slots.split()):
+                _, colour, hatch, ink = SLOT_LOOKS[text[0]]
                 ax.add_patch(Rectangle((slot + 0.05, -r - 0.9), 0.9, 0.8, facecolor=colour, edgecolor=GREY, hatch=hatch))
-                light = kind == "new"
-                ax.text(slot + 0.5, -r - 0.5, tokens[title][r][slot], ha="center", va="center",
-                        color="white" if light else INK, fontsize=9)
+                ax.text(slot + 0.5, -r - 0.5, text[1:], ha="center", va="center", color=ink, fontsize=9)
             ax.text(-0.15, -r - 0.5, f"row {r}", ha="right", va="center", color=INK)
-        for slot in range(len(rows[0])):
+        for slot in range(width):
             ax.text(slot + 0.5, 0.12, str(slot), ha="center", color=GREY, fontsize=8)
-        ax.set(xlim=(-1.1, len(rows[0]) + 0.1), ylim=(-len(rows) - 0.1, 0.6))
+        ax.set(xlim=(-1.1, width + 0.1), ylim=(-len(rows) - 0.1, 0.6))
         ax.set_title(title, fontsize=9.5)
         ax.axis("off")
-    fig.legend(handles=[Patch(facecolor=c, hatch=h, edgecolor=GREY, label=k) for k, (c, h) in SLOT_LOOKS.items()],
+    fig.legend(handles=[Patch(facecolor=c, hatch=h, edgecolor=GREY, label=k) for k, c, h, _ in SLOT_LOOKS.values()],
                loc="outside lower center", ncols=len(SLOT_LOOKS))
     return fig
 
