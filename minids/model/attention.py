@@ -160,7 +160,7 @@ class MLA(nn.Module):
         """(B, T, D) -> (B, T, D). ``rope`` from ``rope_table``; ``mask`` as in ``attend``; with a cache the new
         tokens are written to ``positions`` (B, T) of ``layer`` and all slots so far are attended."""
         if absorb and cache is not None and attention_decode.applies(self, x_BTD):
-            return attention_decode.attend_one(self, x_BTD, rope, mask, cache, layer, positions)
+            return attention_decode.attend_few(self, x_BTD, rope, mask, cache, layer, positions)
         return self.o_proj(self.core(*self.down(x_BTD), rope, mask, cache, layer, positions, absorb))
 
     def core(self, low_BTq: Tensor, joint_BTc: Tensor, rope: Tensor, mask: Tensor | None, cache: LatentCache | None,

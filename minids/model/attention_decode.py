@@ -1,8 +1,9 @@
-"""MLA for one new token a row, with the small matrices multiplied into their neighbours beforehand.
+"""MLA for a few new tokens a row, with the small matrices multiplied into their neighbours beforehand.
 
 Absorbed attention moves W_UK into the query and W_UV behind the sum, but still multiplies by them one after the other. For
-one token on a CPU each of these products is so small that the call costs more than the arithmetic. The matrices are fixed
-while a text is written, so they are *folded*, once a cache (g_q: the weight of the query's norm, scale: the softmax's):
+one token on a CPU, or some drafts under verification, each of these products is so small that the call costs more than the
+arithmetic. The matrices are fixed while a text is written, so they are *folded*, once a cache (g_q: the weight of the
+query's norm, scale: the softmax's):
 
     [a ; c ; k^R] = [W_DQ ; W_DKV ; W_KR] x                            one product where three are written
     q_h = scale [W_UK,h^T W_UQ,h ; W_QR,h] diag(g_q) RMSNorm(a)        H (C + R) numbers, in the latent space already
@@ -15,7 +16,8 @@ float32 on the CPU only: in half precision the folded weights would be rounded o
 A fold belongs to a cache, whose latents were made with the same weights, and dies with it. Should a weight change before
 that, the fold is made anew: every step asks (watch.py).
 
-Shapes: B rows, D hidden, H heads, N/R/V head dims without/with RoPE/of values, C latent, Q query rank, S cached tokens.
+Shapes: B rows, T new tokens a row, D hidden, H heads, N/R/V head dims without/with RoPE/of values, C latent, Q query rank,
+S cached tokens.
 """
 
 from __future__ import annotations
@@ -31,18 +33,19 @@ from minids.model.watch import Watch
 
 if TYPE_CHECKING:
     from minids.model.attention import MLA
-    from minids.model.cache import LatentCache
+    from minids.model.cache import Slots
 
 EXTRA = 1 << 16  # numbers: what a core reads in about the time of the ten calls that a fold saves
-WIDE = 8  # rows from which the product wants the weight's transpose contiguous
+WIDE = 8  # tokens from which the product wants the weight's transpose contiguous
+FEW = 64  # tokens, in all rows, up to which calls and not arithmetic are most of the time
 
 
 class Folded:
     """One layer's folded weights, each (outputs, inputs): ``down`` (Q + C + R, D), ``query`` (H (C + R), Q) and ``out``
     (D, H C). Without a low-rank query ``query`` is None and its rows are the first of ``down``."""
 
-    def __init__(self, mla: MLA, rows: int):
-        self.rows, self.scale, self.watch = rows, mla.scale, Watch(mla.projections())
+    def __init__(self, mla: MLA, wide: bool):
+        self.wide, self.scale, self.watch = wide, mla.scale, Watch(mla.projections())
         cfg, heads = mla.cfg, mla.cfg.num_attention_heads
         w_uk, w_uv = mla.kv_b_proj.weight.unflatten(0, (heads, -1)).split([cfg.qk_nope_head_dim, cfg.v_head_dim], dim=1)
         project = mla.q_b_proj if cfg.q_lora_rank else mla.q_proj
@@ -58,16 +61,16 @@ class Folded:
         self.sizes = [len(first), cfg.kv_lora_rank, cfg.qk_rope_head_dim]
 
     def laid_out(self, weight_FD: Tensor) -> Tensor:
-        return weight_FD.t().contiguous().t() if self.rows > WIDE else weight_FD.contiguous()
+        return weight_FD.t().contiguous().t() if self.wide else weight_FD.contiguous()
 
-    def fresh(self, mla: MLA, rows: int) -> bool:
-        """Whether it was made from what ``mla`` holds now, for as many rows."""
-        return rows == self.rows and mla.scale == self.scale and self.watch.unchanged(mla.projections())
+    def fresh(self, mla: MLA, wide: bool) -> bool:
+        """Whether it was made from what ``mla`` holds now, for as many tokens."""
+        return wide == self.wide and mla.scale == self.scale and self.watch.unchanged(mla.projections())
 
 
 def applies(mla: MLA, x_BTD: Tensor) -> bool:
-    """Whether `attend_one` is the way: one token a row in float32 inference on the CPU, and matrices small enough."""
-    if x_BTD.shape[1] != 1 or torch.is_grad_enabled() or not x_BTD.is_cpu or x_BTD.dtype != torch.float32:
+    """Whether `attend_few` is the way: few tokens in float32 inference on the CPU, and matrices small enough."""
+    if x_BTD.shape[0] * x_BTD.shape[1] > FEW or torch.is_grad_enabled() or not x_BTD.is_cpu or x_BTD.dtype != torch.float32:
         return False
     weight = mla.kv_b_proj.weight
     if weight.dtype != torch.float32 or weight.is_inference() or torch.is_autocast_enabled("cpu"):
@@ -83,32 +86,35 @@ def more_numbers(mla: MLA) -> int:
     return cfg.num_attention_heads * (query + out) - mla.kv_b_proj.weight.numel()
 
 
-def folded(mla: MLA, cache: LatentCache, layer: int) -> Folded:
+def folded(mla: MLA, cache: Slots, layer: int, tokens: int) -> Folded:
     """The layer's fold, made at the cache's first decoding step."""
-    rows, fold = cache.rows, cache.folded.get(layer)
-    if fold is None or not fold.fresh(mla, rows):
-        fold = cache.folded[layer] = Folded(mla, rows)
+    wide, fold = tokens > WIDE, cache.folded.get(layer)
+    if fold is None or not fold.fresh(mla, wide):
+        fold = cache.folded[layer] = Folded(mla, wide)
     return fold
 
 
-def rotate_(x_BhC: Tensor, first: int, table_BTj: Tensor) -> None:
-    """RoPE in place on the numbers from ``first`` (even) on of each head, x being contiguous and of one token a row."""
-    x_BhC.view(torch.complex64)[..., first // 2 :].mul_(table_BTj)
+def rotate_(x_BThC: Tensor, first: int, table_BTj: Tensor) -> None:
+    """RoPE in place on the numbers from ``first`` (even) on of each head, x being contiguous."""
+    x_BThC.view(torch.complex64)[..., first // 2 :].mul_(table_BTj.unsqueeze(2))
 
 
-def attend_one(mla: MLA, x_B1D: Tensor, rope: Tensor, mask: Tensor | None, cache: LatentCache, layer: int,
+def attend_few(mla: MLA, x_BTD: Tensor, rope: Tensor, mask: Tensor | None, cache: Slots, layer: int,
                positions: Tensor | None) -> Tensor:  # fmt: skip
-    """What ``MLA.forward`` returns for one token a row over a cache: (B, 1, D)."""
-    fold, rank, heads, rows = folded(mla, cache, layer), mla.cfg.kv_lora_rank, mla.cfg.num_attention_heads, len(x_B1D)
-    q, c, k_rope = few_linear(x_B1D.view(rows, -1), fold.down).split(fold.sizes, dim=-1)
+    """What ``MLA.forward`` returns for a few tokens a row over a cache: (B, T, D)."""
+    b, t, d = x_BTD.shape
+    fold, rank, heads = folded(mla, cache, layer, b * t), mla.cfg.kv_lora_rank, mla.cfg.num_attention_heads
+    q, c, k_rope = few_linear(x_BTD.reshape(b * t, d), fold.down).split(fold.sizes, dim=-1)
     if fold.query is not None:
         q = few_linear(normalise(q, mla.q_a_layernorm.eps_tensor), fold.query)
     # The heads' queries and the one key and value that they share, side by side: all are rotated at once.
-    joint = torch.cat([q, mla.kv_a_layernorm(c), k_rope], dim=-1).view(rows, heads + 1, -1)
+    joint = torch.cat([q, mla.kv_a_layernorm(c), k_rope], dim=-1).view(b, t, heads + 1, -1)
     rotate_(joint, rank, rope)
-    latent = cache.write(layer, positions, joint[:, heads:])
-    scores = torch.bmm(joint[:, :heads], latent.transpose(1, 2))
+    latent = cache.write(layer, positions, joint[:, :, heads])
+    scores = torch.bmm(joint[:, :, :heads].reshape(b, t * heads, -1), latent.transpose(1, 2))
+    if mask is None and t > 1:
+        mask = torch.ones(t, latent.shape[1], dtype=torch.bool).tril(latent.shape[1] - t)[None, None]
     if mask is not None:
-        scores.masked_fill_(~mask[:, 0], -torch.inf)
+        scores.view(b, t, heads, -1).masked_fill_(~mask.transpose(1, 2), -torch.inf)  # (B, 1, T, S) -> (B, T, 1, S)
     out = torch.bmm(scores.softmax(-1), latent[..., :rank])
-    return few_linear(out.view(rows, -1), fold.out).view_as(x_B1D)
+    return few_linear(out.view(b * t, -1), fold.out).view(b, t, d)

@@ -6,10 +6,11 @@ memory, at 7 GB/s where a batch of products with the same bytes reaches 14. So W
 
     [y_1; ...; y_PARTS] = [W_1 x; ...; W_PARTS x],
 
-which is a batch of PARTS small products; y is the same but for rounding. FP32 only: half precision goes to another
-library.
+which is a batch of PARTS small products; y is the same but for rounding. For two to FEW tokens, as when drafts are
+verified, one product is quick, but only when it is written W x^T; x W^T takes twice the time. FP32 only: half precision
+goes to another library.
 
-Shapes: D inputs, F outputs.
+Shapes: N tokens, D inputs, F outputs.
 """
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PARTS = 8
+FEW = 4
 
 
 class Linear(nn.Linear):
@@ -26,14 +28,18 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() == self.in_features and not torch.is_grad_enabled() and x.is_cpu and x.dtype == torch.float32:
-            return one_token(x, self.weight)
-        return F.linear(x, self.weight)
+        few = x.numel() <= FEW * self.in_features and not torch.is_grad_enabled() and x.is_cpu
+        return few_linear(x, self.weight) if few and x.dtype == torch.float32 else F.linear(x, self.weight)
 
 
-def few_linear(x_ND: Tensor, weight_FD: Tensor) -> Tensor:
-    """x W^T, (N, F), in float32 inference on the CPU."""
-    return one_token(x_ND, weight_FD) if len(x_ND) == 1 else F.linear(x_ND, weight_FD)
+def few_linear(x: Tensor, weight_FD: Tensor) -> Tensor:
+    """x W^T, (..., D) -> (..., F), in float32 inference on the CPU."""
+    tokens = x.numel() // weight_FD.shape[1]
+    if tokens == 1:
+        return one_token(x, weight_FD)
+    if tokens > FEW or tokens == 0 or weight_FD.dtype != x.dtype:
+        return F.linear(x, weight_FD)
+    return torch.mm(weight_FD, x.reshape(tokens, -1).t()).t().contiguous().view(*x.shape[:-1], -1)
 
 
 def one_token(x: Tensor, weight_FD: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ In training every expert multiplies hundreds of tokens; in decoding, one or two.
 of the time, and what a grouped GEMM does around it the rest. So here the host sorts the choices, experts without a token
 cost nothing, and each chosen expert is read once, in products written as W x^T with two columns or more. With one column
 (an expert's only token, which therefore goes in twice) or as x W^T the product becomes a matrix-vector one, or one of few
-rows; both read weights from memory at less than half the speed. A single token, which needs no sorting, takes the band
-products of linear.py instead.
+rows; both read weights from memory at less than half the speed. Up to SINGLY tokens hardly ever share an expert and need
+no sorting: each takes the band products of linear.py by itself.
 
 For a longer text or batch, the experts of a small model are also *turned*: their transposes are stored, once a cache, and
 the product becomes a sum of rows with weights, y = sum_d x_d W^T[d], which is what an embedding bag computes. One call
@@ -31,6 +31,7 @@ from minids.model.watch import Watch
 if TYPE_CHECKING:
     from minids.model.cache import LatentCache
 
+SINGLY = 3  # tokens up to which each goes alone
 FEW = 4  # tokens an expert, on average; with more of them the grouped GEMM is as good
 PAYS = 512  # tokens to come, in all rows, from which turning the experts saves more time than it takes
 LARGE = 1 << 22  # numbers of a layer's gate and up projections from which the memory for a second copy is not spent
@@ -44,9 +45,12 @@ def applies(x_ND: Tensor, routing: Routing, n_experts: int) -> bool:
 def few_tokens(x_ND: Tensor, routing: Routing, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
     """sum_k g_k Expert_k(x): (N, D), with ``gate_up`` (E, 2F, D) and ``down`` (E, D, F) as in `Experts`."""
     divides = gate_up_EFD.shape[1] % PARTS == 0 and down_EDF.shape[1] % PARTS == 0
-    if len(x_ND) == 1 and divides and x_ND.dtype == gate_up_EFD.dtype == torch.float32:
-        return one_token(x_ND, routing, gate_up_EFD, down_EDF)
-    experts, sizes, token_M, slot_NK = sort_choices(routing.indices.tolist())
+    indices = routing.indices.tolist()
+    if len(x_ND) <= SINGLY and divides and x_ND.dtype == gate_up_EFD.dtype == torch.float32:
+        parts = zip(x_ND.split(1), indices, routing.weights.unbind(), strict=True)
+        rows = [one_token(x_1D, chosen, weights_K, gate_up_EFD, down_EDF) for x_1D, chosen, weights_K in parts]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+    experts, sizes, token_M, slot_NK = sort_choices(indices)
     x_MD = x_ND.index_select(0, torch.tensor(token_M))
     gate_FM, up_FM = blocks_linear(x_MD, gate_up_EFD, experts, sizes).chunk(2)
     h_MF = F.silu(gate_FM).mul_(up_FM).t().contiguous()
@@ -93,14 +97,13 @@ def bags(x_ND: Tensor, routing: Routing, experts: Turned) -> Tensor:
     return F.embedding_bag(rows_NKF, experts.down, mode="sum", per_sample_weights=h_MF.view(n, k * f))
 
 
-def one_token(x_1D: Tensor, routing: Routing, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
+def one_token(x_1D: Tensor, experts: list[int], weights_K: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
     """`few_tokens` for one, as the band products of linear.py; down products add to one sum, (1, D)."""
-    (e, f2, d), k, f = gate_up_EFD.shape, routing.indices.shape[1], down_EDF.shape[2]
-    experts = routing.indices.tolist()[0]
+    (e, f2, d), k, f = gate_up_EFD.shape, len(experts), down_EDF.shape[2]
     gate_up, down = gate_up_EFD.view(e, PARTS, f2 // PARTS, d), down_EDF.view(e, PARTS, d // PARTS, f)
     x_PD1 = x_1D.contiguous().as_strided((PARTS, d, 1), (0, 1, d))  # the same column for each band
     gate_KF, up_KF = torch.cat([torch.bmm(gate_up[i], x_PD1) for i in experts]).view(k, f2).split(f, dim=1)
-    h_KF = F.silu(gate_KF).mul_(up_KF).mul_(routing.weights.view(k, 1))
+    h_KF = F.silu(gate_KF).mul_(up_KF).mul_(weights_K.unsqueeze(1))
     columns = h_KF.as_strided((k, PARTS, f, 1), (f, 0, 1, f)).unbind()
     y_PD1 = torch.bmm(down[experts[0]], columns[0])
     for i, h_PF1 in zip(experts[1:], columns[1:], strict=True):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from minids import ModelConfig
 from minids.model import moe_decode
-from minids.model.linear import Linear, one_token
+from minids.model.linear import FEW, Linear, few_linear, one_token
 from minids.model.moe import MoE
 
 SMALL = dict(rtol=1e-5, atol=1e-6)
@@ -24,6 +24,19 @@ def test_one_token_is_a_matrix_times_a_vector(rows, columns, dims):
     torch.testing.assert_close(one_token(x, weight).double(), expected, **SMALL)
 
 
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(1, 40), columns=st.integers(1, 40),
+       shape=st.sampled_from([(2,), (1, 3), (4, 1), (2, 2), (5,), (0,)]))  # fmt: skip
+def test_a_few_tokens_are_a_product_with_few_columns(rows, columns, shape):
+    """Token counts on both sides of the limit; views that are not contiguous."""
+    generator = torch.Generator().manual_seed(rows * 100 + columns)
+    weight = torch.randn(rows, columns, generator=generator)
+    x = torch.randn(*shape, 2 * columns, generator=generator)[..., 1::2]
+    got = few_linear(x, weight)
+    assert got.shape == (*shape, rows) and got.is_contiguous()
+    torch.testing.assert_close(got.double(), x.double() @ weight.double().t(), **SMALL)
+
+
 def test_a_linear_layer_trains_and_takes_the_short_way_only_in_inference(monkeypatch):
     calls = []
     monkeypatch.setattr(
@@ -34,7 +47,7 @@ def test_a_linear_layer_trains_and_takes_the_short_way_only_in_inference(monkeyp
     layer(torch.randn(1, 1, 6)).sum().backward()
     assert layer.weight.grad is not None and calls == []
     with torch.no_grad():
-        layer(torch.randn(2, 1, 6))
+        layer(torch.randn(FEW, 1, 6))
         layer.double()(torch.randn(1, 1, 6, dtype=torch.float64))
         assert calls == []
         layer.float()(torch.randn(1, 1, 6))

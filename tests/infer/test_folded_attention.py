@@ -51,11 +51,12 @@ def filled(model: Transformer, lengths: list[int]) -> LatentCache:
 @given(
     lengths=st.one_of(st.lists(st.integers(1, 6), min_size=1, max_size=3), st.just([5] * 12), st.just([1, 7] * 6)),
     rank=st.sampled_from([2, 12, 20]), query=st.sampled_from([None, 16]), scaling=st.sampled_from([None, YARN]),
-    seed=st.integers(0, 1000),
+    seed=st.integers(0, 1000), new=st.integers(1, 4),
 )  # fmt: skip
-def test_folded_equals_absorbed(lengths, rank, query, scaling, seed):
+def test_folded_equals_absorbed(lengths, rank, query, scaling, seed, new):
+    """One token a row, and several: drafts that are verified are causal among themselves."""
     model = small_model(seed, kv_lora_rank=rank, q_lora_rank=query, rope_scaling=scaling)
-    cache, tokens = filled(model, lengths), torch.randint(0, 50, (len(lengths), 1))
+    cache, tokens = filled(model, lengths), torch.randint(0, 50, (len(lengths), new))
     plain, folded = step(model, cache, tokens, fold=False), step(model, cache, tokens, fold=True)
     assert len(cache.folded) == model.cfg.num_hidden_layers
     torch.testing.assert_close(folded, plain, **TOLERANCE)
@@ -118,15 +119,15 @@ def test_fewer_rows_are_folded_anew():
     model = small_model()
     cache, tokens = filled(model, [4] * 12), torch.randint(0, 50, (12, 1))
     step(model, cache, tokens, fold=True)
-    assert cache.folded[0].rows == 12
+    assert cache.folded[0].wide
     cache.select(torch.tensor([3]))
     torch.testing.assert_close(step(model, cache, tokens[3:4], fold=True), step(model, cache, tokens[3:4], fold=False),
                                **TOLERANCE)  # fmt: skip
-    assert cache.folded[0].rows == 1
+    assert not cache.folded[0].wide
 
 
 def test_where_it_applies():
-    model, one, two = small_model(), torch.zeros(3, 1, 64), torch.zeros(3, 2, 64)
+    model, one, two = small_model(), torch.zeros(3, 1, 64), torch.zeros(3, 22, 64)
     mla = model.model.layers[0].self_attn
     assert not attention_decode.applies(mla, one)  # gradients are on
     with torch.no_grad():
