@@ -4,12 +4,15 @@
 """
 
 from minids.kernels.block import dequantize_block, quantize_block
+from minids.kernels.combine import combine
 from minids.kernels.gemm_fp8 import fp8_gemm
 from minids.kernels.grouped import grouped_gemm, grouped_wgrad
 from minids.kernels.grouped_fp8 import grouped_fp8_gemm, grouped_fp8_wgrad
 from minids.kernels.quantize import quantize_tile, quantize_tile_both, quantize_tile_t
+from minids.kernels.swiglu import swiglu, swiglu_quantize
 
 __all__ = [
-    "dequantize_block", "fp8_gemm", "grouped_fp8_gemm", "grouped_fp8_wgrad", "grouped_gemm", "grouped_wgrad",
+    "combine", "dequantize_block", "fp8_gemm", "grouped_fp8_gemm", "grouped_fp8_wgrad", "grouped_gemm", "grouped_wgrad",
     "quantize_block", "quantize_tile", "quantize_tile_both", "quantize_tile_t",
+    "swiglu", "swiglu_quantize",
 ]  # fmt: skip

@@ -89,7 +89,7 @@ def reference(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype:
 @jit
 def scaled_sum(a_desc, b_desc, a_scale_ptr, b_scale_ptr, a_row, b_row, b_first, a_rows, b_rows, k_begin, k_end,
                a_stride_m, a_stride_k, b_stride_n, b_stride_k,
-               BM: tl.constexpr, BN: tl.constexpr, B_ROWS: tl.constexpr):
+               BM: tl.constexpr, BN: tl.constexpr, B_ROWS: tl.constexpr, STAGES: tl.constexpr):
     """One (BM, BN) tile of A B^T over the 128-channel blocks k_begin to k_end. a_row, b_row: its first rows in A and B;
     a_rows, b_rows: how many rows A and B have. b_first: the row of b_desc where B begins, if it holds several. B_ROWS: B
     has a scale a row; else one a 128 rows."""
@@ -99,7 +99,7 @@ def scaled_sum(a_desc, b_desc, a_scale_ptr, b_scale_ptr, a_row, b_row, b_first, 
         n = b_row + tl.arange(0, BN)
         b_scale_ptrs = b_scale_ptr + n.to(tl.int64) * b_stride_n
     total = tl.zeros((BM, BN), dtype=tl.float32)
-    for k in range(k_begin, k_end):
+    for k in tl.range(k_begin, k_end, num_stages=STAGES):  # said here, it has the scales fetched ahead as well
         a_scale = tl.load(a_scale_ptrs + k * a_stride_k, mask=m < a_rows, other=0.0)
         if B_ROWS:
             b_scale = tl.load(b_scale_ptrs + k * b_stride_k, mask=n < b_rows, other=0.0)
@@ -134,14 +134,15 @@ def tile_of(index, m_tiles, n_tiles, GROUP: tl.constexpr):
 
 @jit(varying=("M",))
 def _gemm(a_desc, b_desc, c_ptr, a_scale_ptr, b_scale_ptr, M, N, K, a_stride_m, a_stride_k, b_stride_n, b_stride_k,
-          BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr, B_ROWS: tl.constexpr):
+          BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr, B_ROWS: tl.constexpr,
+          STAGES: tl.constexpr):
     m_tiles, n_tiles, k_blocks = tl.cdiv(M, BM), tl.cdiv(N, BN), tl.cdiv(K, 128)
     part_blocks = tl.cdiv(k_blocks, SPLITS)
     part = tl.program_id(1)
     m_tile, n_tile = tile_of(tl.program_id(0), m_tiles, n_tiles, GROUP)
     total = scaled_sum(a_desc, b_desc, a_scale_ptr, b_scale_ptr, m_tile * BM, n_tile * BN, 0, M, N,
                        part * part_blocks, tl.minimum((part + 1) * part_blocks, k_blocks),
-                       a_stride_m, a_stride_k, b_stride_n, b_stride_k, BM, BN, B_ROWS)
+                       a_stride_m, a_stride_k, b_stride_n, b_stride_k, BM, BN, B_ROWS, STAGES)
     store_tile(c_ptr + part.to(tl.int64) * M * N, total, m_tile * BM, n_tile * BN, M, N, BM, BN)
 
 
@@ -189,7 +190,7 @@ def launch(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: to
     _gemm[(cdiv(m, c.bm) * cdiv(n, c.bn), c.splits)](
         TensorDescriptor.from_tensor(a, [c.bm, TILE]), TensorDescriptor.from_tensor(b, [c.bn, TILE]), parts,
         a_scale, b_scale, m, n, k, *a_scale.stride(), *b_scale.stride(),
-        c.bm, c.bn, c.group, c.splits, len(b_scale) == n, num_warps=c.warps, num_stages=c.stages,
+        c.bm, c.bn, c.group, c.splits, len(b_scale) == n, c.stages, num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
     if c.splits > 1:
         _sum_parts[(cdiv(m * n, 1024),)](parts, out, m * n, c.splits, 1024, num_warps=4)

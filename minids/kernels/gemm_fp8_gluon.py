@@ -89,6 +89,13 @@ def _finish(product, others, empty, step, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _scales(a_scales, b_scales, a_stride_k, b_stride_k, k, end, a_mask, b_mask):
+    """The scales of block k, asked for a step before they are needed; zeros beyond the end."""
+    a_scale = gl.load(a_scales + k * a_stride_k, mask=a_mask & (k < end), other=0.0)
+    return a_scale, gl.load(b_scales + k * b_stride_k, mask=b_mask & (k < end), other=0.0)
+
+
+@gluon.jit
 def _consume(a_buffers, b_buffers, c_buffers, c_desc, full, empty, a_scale_ptr, b_scale_ptr, tiles_ptr, tiles, m_tiles,
              M, N, K, E, a_stride_m, a_stride_k, b_stride_e, b_stride_n, b_stride_k,
              GROUP: gl.constexpr, STAGES: gl.constexpr, KIND: gl.constexpr, B_ROWS: gl.constexpr, PART: gl.constexpr):
@@ -105,28 +112,30 @@ def _consume(a_buffers, b_buffers, c_buffers, c_desc, full, empty, a_scale_ptr, 
         if B_ROWS:
             n = b_row + gl.arange(0, 128, gl.SliceLayout(0, layout))
             b_scales = b_scale_ptr + n * b_stride_n
+            a_scale, b_scale = _scales(a_scales, b_scales, a_stride_k, b_stride_k, begin, end, m < M, n < N)
             for k in range(begin, end):
                 product = _start(a_buffers, b_buffers, full, step, zero, PART, STAGES)
-                a_scale = gl.load(a_scales + k * a_stride_k, mask=m < M, other=0.0)
-                b_scale = gl.load(b_scales + k * b_stride_k, mask=n < N, other=0.0)
+                a_next, b_next = _scales(a_scales, b_scales, a_stride_k, b_stride_k, k + 1, end, m < M, n < N)
                 total += _finish(product, 0, empty, step, STAGES) * a_scale[:, None] * b_scale[None, :]
+                a_scale, b_scale = a_next, b_next
                 step += 1
         else:
             b_scales = b_scale_ptr + expert * b_stride_e + n_tile * b_stride_n
+            even_scale, even_b = _scales(a_scales, b_scales, a_stride_k, b_stride_k, begin, end, m < M, True)
+            odd_scale, odd_b = _scales(a_scales, b_scales, a_stride_k, b_stride_k, begin + 1, end, m < M, True)
             pairs = (end - begin) // 2 * 2
             for k in range(begin, begin + pairs, 2):
                 even = _start(a_buffers, b_buffers, full, step, zero, PART, STAGES)
-                even_scale = gl.load(a_scales + k * a_stride_k, mask=m < M, other=0.0) * gl.load(b_scales + k * b_stride_k)
                 odd = _start(a_buffers, b_buffers, full, step + 1, zero, PART, STAGES)
-                odd_scale = gl.load(a_scales + (k + 1) * a_stride_k, mask=m < M, other=0.0)
-                odd_scale *= gl.load(b_scales + (k + 1) * b_stride_k)
-                total += _finish(even, 1, empty, step, STAGES) * even_scale[:, None]
-                total += _finish(odd, 0, empty, step + 1, STAGES) * odd_scale[:, None]
+                even_next, even_b_next = _scales(a_scales, b_scales, a_stride_k, b_stride_k, k + 2, end, m < M, True)
+                odd_next, odd_b_next = _scales(a_scales, b_scales, a_stride_k, b_stride_k, k + 3, end, m < M, True)
+                total += _finish(even, 1, empty, step, STAGES) * (even_scale * even_b)[:, None]
+                total += _finish(odd, 0, empty, step + 1, STAGES) * (odd_scale * odd_b)[:, None]
+                even_scale, even_b, odd_scale, odd_b = even_next, even_b_next, odd_next, odd_b_next
                 step += 2
-            for k in range(begin + pairs, end):  # the last one of an odd number
+            for _ in range(begin + pairs, end):  # the last one of an odd number
                 product = _start(a_buffers, b_buffers, full, step, zero, PART, STAGES)
-                scale = gl.load(a_scales + k * a_stride_k, mask=m < M, other=0.0) * gl.load(b_scales + k * b_stride_k)
-                total += _finish(product, 0, empty, step, STAGES) * scale[:, None]
+                total += _finish(product, 0, empty, step, STAGES) * (even_scale * even_b)[:, None]
                 step += 1
         tma.store_wait(0)  # of this consumer's last tile
         c_buffer.store(total.to(c_desc.dtype))

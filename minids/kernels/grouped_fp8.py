@@ -112,33 +112,33 @@ def wgrad_reference(dy_t: Tensor, dy_scale: Tensor, x_t: Tensor, x_scale: Tensor
 @jit(varying=("M", "E", "m_tiles", "b_stride_e", "b_stride_n"))
 def _grouped(a_desc, b_desc, c_ptr, a_scale_ptr, b_scale_ptr, tiles_ptr, M, N, K, E, m_tiles,
              a_stride_m, a_stride_k, b_stride_e, b_stride_n, b_stride_k,
-             BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+             BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr):
     m_tile, n_tile = tile_of(tl.program_id(0), m_tiles, tl.cdiv(N, BN), GROUP)
     expert = tl.load(tiles_ptr + m_tile * 3)
     row = tl.load(tiles_ptr + m_tile * 3 + 1)
     end = tl.load(tiles_ptr + m_tile * 3 + 2)
     total = scaled_sum(a_desc, b_desc, a_scale_ptr, b_scale_ptr + expert * b_stride_e, row, n_tile * BN, expert * N,
                        M, N, 0, tl.where(expert < E, tl.cdiv(K, 128), 0), a_stride_m, a_stride_k,
-                       b_stride_n, b_stride_k, BM, BN, False)
+                       b_stride_n, b_stride_k, BM, BN, False, STAGES)
     store_tile(c_ptr, total, row, n_tile * BN, end, N, BM, BN)
 
 
 @jit(varying=("E",))
 def _wgrad(a_desc, b_desc, c_ptr, a_scale_ptr, b_scale_ptr, ends_ptr, N, K, E,
            a_stride_n, a_stride_m, b_stride_k, b_stride_m,
-           BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
+           BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr):
     n_tiles, k_tiles = tl.cdiv(N, BN), tl.cdiv(K, BK)
     expert = tl.program_id(0) // (n_tiles * k_tiles)
     n_tile, k_tile = tile_of(tl.program_id(0) % (n_tiles * k_tiles), n_tiles, k_tiles, GROUP)
     start = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0) // 128
     total = scaled_sum(a_desc, b_desc, a_scale_ptr, b_scale_ptr, n_tile * BN, k_tile * BK, 0, N, K,
                        start, tl.load(ends_ptr + expert) // 128,
-                       a_stride_n, a_stride_m, b_stride_k, b_stride_m, BN, BK, True)
+                       a_stride_n, a_stride_m, b_stride_k, b_stride_m, BN, BK, True, STAGES)
     store_tile(c_ptr + expert.to(tl.int64) * N * K, total, n_tile * BN, k_tile * BK, N, K, BN, BK)
 
 
-FORWARD = {"BM": 64, "BN": 128, "GROUP": 4, "num_warps": 4, "num_stages": 3}
-WGRAD = {"BN": 64, "BK": 128, "GROUP": 16, "num_warps": 4, "num_stages": 3}
+FORWARD = {"BM": 64, "BN": 128, "GROUP": 4, "STAGES": 3, "num_warps": 4, "num_stages": 3}
+WGRAD = {"BN": 64, "BK": 128, "GROUP": 16, "STAGES": 3, "num_warps": 4, "num_stages": 3}
 
 
 def launch(
