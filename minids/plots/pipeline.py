@@ -22,7 +22,7 @@ MARKS = "os^Dvx*"
 # ---- schedules -------------------------------------------------------------------------------------------------------
 
 
-def schedule_rows(timeline: Timeline, width: float = 9.0, legend: bool = True, title: str | None = None) -> Figure:
+def schedule_rows(timeline: Timeline, width: float = 8.6, legend: bool = True, title: str | None = None) -> Figure:
     """One schedule, a row a rank, as wide as a notebook."""
     return picture(timeline, width=width, legend=legend, title=title, row_inch=0.27)
 
