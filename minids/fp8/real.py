@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minids.fp8.operands import Kept12, Operand
@@ -108,6 +109,7 @@ def scaled(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.
            ends: Tensor | None = None) -> Tensor:  # fmt: skip
     """a b times their scales: a row-major, b column-major; with ``ends`` a product for each block, as in `multiply`."""
     if ends is None:
+        a, b = filled(a), filled(b.t()).t()
         return torch._scaled_mm(a, b, scale_a=a_scale.reshape(()), scale_b=b_scale.reshape(()), out_dtype=dtype,
                                 use_fast_accum=True)  # fmt: skip
     experts = len(ends)
@@ -116,6 +118,12 @@ def scaled(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.
     found = torch._scaled_grouped_mm(a, b, a_scale.reshape(1).expand(a_rows).contiguous(), b_scale.contiguous(), offs=ends,
                                      out_dtype=torch.bfloat16, use_fast_accum=True)  # fmt: skip
     return found.to(dtype)
+
+
+def filled(q: Tensor) -> Tensor:
+    """(rows, K) with zeros behind K, up to the multiple of 16 that torch's product asks for: they add nothing."""
+    missing = -q.shape[-1] % 16
+    return F.pad(q.view(torch.uint8), (0, missing)).view(torch.float8_e4m3fn) if missing else q
 
 
 def turn(q: Tensor) -> Tensor:
