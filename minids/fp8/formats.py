@@ -159,7 +159,7 @@ def encode(x: Tensor, fmt: str | Format) -> Tensor:
     magnitude, is_nan = x.abs().clamp(max=fmt.max), x.isnan()
     spacing = _spacing(magnitude, fmt)
     n = torch.round(magnitude / spacing).nan_to_num_(0).long()
-    binades_up = torch.log2(spacing / fmt.smallest).nan_to_num_(0).long()
+    binades_up = torch.log2(spacing / fmt.smallest).round_().nan_to_num_(0).long()
     code = (binades_up << fmt.mantissa_bits) + n
     if fmt.specials == "none":
         _refuse_nan(is_nan, fmt)
