@@ -196,8 +196,10 @@ def smooth(losses: list[float], coefficient: float = EMA) -> list[float]:
 def compare(base: list[float], losses: list[float]) -> dict:
     """d_t of the module docstring, as far as both curves go, and what the table says of it."""
     curve = [ours / theirs - 1 for ours, theirs in zip(smooth(losses), smooth(base), strict=False)]
-    settled = curve[int(SETTLED * len(curve)) :]
-    return {"curve": curve, "largest": max(map(abs, settled)), "mean": sum(settled) / len(settled), "last": curve[-1]}
+    start = min(int(SETTLED * len(base)), len(curve) - 1)
+    settled = curve[start:]
+    return {"curve": curve, "start": start, "largest": max(map(abs, settled)), "mean": sum(settled) / len(settled),
+            "last": curve[-1]}  # fmt: skip
 
 
 def table(result: dict) -> str:

@@ -34,10 +34,10 @@ def loss_differences(result: dict) -> Figure:
         if name in result["differences"]:
             found = result["differences"][name]
             text = f"{label}: at most {100 * found['largest']:.2f}%"
-            start = int(result["settled"] * len(found["curve"]))
+            start = found["start"]
             right.plot(range(start + 1, len(found["curve"]) + 1), [100 * d for d in found["curve"][start:]], line,
                        color=colour, linewidth=2 if name == "v3" else 1.1, label=text)  # fmt: skip
-    left.set(xlabel="optimizer step", ylabel="loss (nats a token), EMA 0.9", title="all curves lie on each other")
+    left.set(xlabel="optimizer step", ylabel="loss (nats a token), EMA 0.9", title="the loss itself")
     right.axhspan(-100 * result["claim"], 100 * result["claim"], color=BLUE, alpha=0.08, linewidth=0)
     right.axhline(0, color="black", linewidth=0.8)
     right.set(xlabel="optimizer step", ylabel="difference of the loss from BF16's (%)",
