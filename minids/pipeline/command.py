@@ -1,13 +1,15 @@
 """`python -m minids schedule NAME`: builds, checks, times and draws a schedule, and prints a table of its ranks."""
 
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
+from minids.pipeline.action import Schedule
 from minids.pipeline.draw import check_path, headline, picture, save
-from minids.pipeline.formulas import holds, paper_bubble
+from minids.pipeline.formulas import paper_bubble, unmet
 from minids.pipeline.poster import compare, figures, poster_picture, share_times
 from minids.pipeline.schedules import NAMES, build_schedule, check_request
-from minids.pipeline.simulate import COMM, simulate
+from minids.pipeline.simulate import COMM, Timeline, simulate
 from minids.pipeline.trace import write_trace
 
 
@@ -81,21 +83,19 @@ def run_schedule(config: ScheduleConfig) -> None:
     timeline = simulate(schedule, **stage_times, **comm)
     print(headline(timeline))
     print(timeline.table())
-    print(formula_line(schedule, stage_times, timeline))
+    print(formula_lines(schedule, stage_times, timeline, comm["comm"]))
     if config.out is not None:
         print(f"picture: {save(picture(timeline), config.out)}")
     if config.chrome_trace is not None:
         print(f"trace for ui.perfetto.dev: {write_trace(timeline, config.chrome_trace)}")
 
 
-def formula_line(schedule, times: dict, timeline) -> str:
-    """The papers' bubble beside the clock's, with the reason where they differ."""
+def formula_lines(schedule: Schedule, times: dict, timeline: Timeline, comm: float) -> str:
+    """The papers' bubble beside the clock's, and which of its assumptions these times break."""
     formula, seen = paper_bubble(schedule.name, schedule.ranks, **times), max(timeline.bubble)
-    exact = holds(schedule, **times)
-    reason = ""
-    if formula != seen:
-        reason = "; its assumptions are not met: see minids/pipeline/formulas.py" if not exact else "; hand-overs take time"
-    return f"bubble by the papers' formula {float(formula):g}, by the clock {float(seen):g}{reason}"
+    lines = [f"bubble by the papers' formula {float(formula):g}, by the clock {float(seen):g}"]
+    plain = {name: float(time) if isinstance(time, Fraction) else time for name, time in times.items()}
+    return "\n".join(lines + [f"the formula assumes: {broken}" for broken in unmet(schedule, **plain, comm=comm)])
 
 
 def run_poster(config: ScheduleConfig, times: dict, comm: dict) -> None:

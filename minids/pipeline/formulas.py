@@ -20,6 +20,7 @@ what the paper assumes and draws, they are one. The last term: ranks at the ends
 their work is done one after the other; they compute longer and wait less. The makespan is the same for all.
 """
 
+from collections.abc import Sequence
 from fractions import Fraction
 from numbers import Real
 
@@ -48,16 +49,36 @@ def paper_bubble(name: str, ranks: int, f: Time, b: Time, w: Time, fb: Time | No
     return (half - 1) * (fb + b - 3 * w)
 
 
-def holds(schedule: Schedule, f: Time, b: Time, w: Time, fb: Time | None = None) -> bool:
-    """Whether the papers' formula is exact, on the ranks with most pairs, for equal stages and free hand-overs."""
-    i = b - w
+def unmet(schedule: Schedule, f, b, w, fb=None, comm: Time = 0, slowdown: Sequence[Time] | None = None) -> list[str]:
+    """The assumptions of the papers' formula that these times break, in words; empty: the formula is exact, on the ranks
+    with most pairs. Arguments as in `simulate`."""
+    broken = []
+    if any(isinstance(time, Sequence) and len(set(time)) > 1 for time in (f, b, w, slowdown)):
+        broken.append("stages and ranks must take equal times")
+    if comm:
+        broken.append(f"hand-overs must be free, they take {comm}")
+    if broken:
+        return broken
+    f, b, w = (time[0] if isinstance(time, Sequence) else time for time in (f, b, w))
+    i, n, ranks = b - w, schedule.micro_batches, schedule.ranks
     if schedule.name == "zb1p":
-        return schedule.micro_batches >= schedule.ranks and w <= min(f, i)
-    if schedule.name == "zbv":
-        return f == i == w
-    if schedule.name in ("dualpipe", "dualpipe_v"):
-        return f == i and w <= i and (fb is None or max(f, b) <= fb <= f + b)
-    return True
+        if n < ranks:
+            broken.append(f"micro-batches must be at least {ranks}, they are {n}")
+        if w > min(f, i):
+            broken.append(f"W must not exceed F and B - W: W = {w}, F = {f}, B - W = {i}")
+    if schedule.name == "zbv" and not f == i == w:
+        broken.append(f"F, B - W and W must be equal: {f}, {i}, {w}")
+    if schedule.name.startswith("dualpipe"):
+        if f != i or w > i:
+            broken.append(f"F must equal B - W, and W must not exceed it: F = {f}, B - W = {i}, W = {w}")
+        if callable(fb) or (fb is not None and not max(f, b) <= fb <= f + b):
+            broken.append(f"F&B must be one time from max(F, B) to F + B = {f + b}")
+    return broken
+
+
+def holds(schedule: Schedule, f, b, w, fb=None, **options) -> bool:
+    """Whether the papers' formula is exact: see `unmet`."""
+    return not unmet(schedule, f, b, w, fb, **options)
 
 
 def clock_bubble(name: str, ranks: int, rank: int, f: Time, b: Time, w: Time, fb: Time | None = None) -> Time:

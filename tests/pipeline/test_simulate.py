@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 
 from minids.pipeline import NAMES, build_schedule
-from minids.pipeline.formulas import clock_bubble, holds, paper_bubble
+from minids.pipeline.formulas import clock_bubble, holds, paper_bubble, unmet
 from minids.pipeline.poster import compare, share_times
 from minids.pipeline.schedules import FAMILIES
 from minids.pipeline.simulate import simulate
@@ -114,6 +114,7 @@ def test_the_clock_agrees_with_relaxation(name):
 # ---- the papers' bubbles ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_papers_bubble_comes_out_exactly(name):
     """Every even PP from 2 to 32, several numbers of micro-batches; F = I = W, and other times where the formula is for
@@ -176,6 +177,20 @@ def test_where_the_formulas_stop():
                 assert max(bubble) == paper
             wrong += max(bubble) != paper
     assert wrong > 300  # most times at random are not the papers'
+
+
+def test_every_broken_assumption_is_named():
+    """And where none is, formula and clock agree: the two lists are each other's test."""
+    line, pair = build_schedule("zb1p", ranks=4, micro_batches=3), build_schedule("dualpipe", ranks=4, micro_batches=8)
+    assert unmet(line, 1, 2, 1) == ["micro-batches must be at least 4, they are 3"]
+    assert "W must not exceed" in unmet(line, 1, 4, 2)[1]
+    assert unmet(pair, [1, 1, 2, 1], 2, 1) == ["stages and ranks must take equal times"]
+    assert unmet(pair, 1, 2, 1, slowdown=[1, 1, 1, 2]) == ["stages and ranks must take equal times"]
+    assert unmet(pair, [1] * 4, [2] * 4, [1] * 4, slowdown=[1] * 4) == []
+    assert unmet(pair, 1, 2, 1, comm=0.5) == ["hand-overs must be free, they take 0.5"]
+    assert "F must equal B - W" in unmet(pair, 2, 3, 2)[0] and "F&B must be one time" in unmet(pair, 1, 2, 1, fb=4)[0]
+    assert "F, B - W and W must be equal: 1, 2, 1" in unmet(build_schedule("zbv", ranks=4, micro_batches=8), 1, 3, 1)[0]
+    assert unmet(build_schedule("gpipe", ranks=4, micro_batches=1), 3, 9, 8) == []
 
 
 def test_too_few_micro_batches_for_zb1p():
