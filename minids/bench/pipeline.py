@@ -38,7 +38,8 @@ from minids.pipeline.torch_engine import DirectedStage, Engine
 from minids.train.settings import TrainConfig
 
 LIMIT = 1e-5  # of the largest difference of a gradient to one process, relative
-RANKS, LAYERS, MICRO_BATCHES = 4, 8, 16
+RANKS = int(os.environ.get("WORLD_SIZE", 4))
+LAYERS, MICRO_BATCHES = 8, 16
 # (changes of the model, tokens in a micro-batch): a stage should take milliseconds, or its start is all that is timed.
 SIZES = {
     "cuda": (dict(hidden_size=2048, intermediate_size=5632, moe_intermediate_size=704, num_attention_heads=16,
@@ -217,8 +218,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     options = parser.parse_args(arguments)
-    if int(os.environ.get("WORLD_SIZE", 1)) != RANKS:
-        parser.error(f"WORLD_SIZE={os.environ.get('WORLD_SIZE', 1)}: allowed is {RANKS}, started by torchrun")
+    if "WORLD_SIZE" not in os.environ or RANKS not in (2, 4):
+        parser.error(f"WORLD_SIZE={os.environ.get('WORLD_SIZE')}: allowed is 2 or 4, set by torchrun")
     with initialise(options.device, patience=45):
         found = work(device_of(options.device), options.rounds, options.out)
     wrong = [name for name, entry in found["schedules"].items()
