@@ -152,6 +152,8 @@ def picture(timeline: Timeline, *, title: str | None = None, legend: bool = True
             row_inch: float = 0.32) -> Figure:
     """One schedule as a figure. width in inches; by default wide enough for the numbers of the shortest cells."""
     span, ranks = float(timeline.makespan), timeline.schedule.ranks
+    if not span:
+        raise ValueError("f, b and w must not all be 0: there is nothing to draw")
     shortest = min((float(c.end - c.start) for row in timeline.cells for c in row if c.end > c.start), default=1.0)
     inch = min(0.2 / shortest, (WIDEST - 1) / span) if width is None else (width - 0.9) / span
     wide = max(inch * span + 0.9, 4.0) if width is None else width

@@ -95,6 +95,8 @@ def test_numbers_are_left_out_where_they_do_not_fit(tmp_path):
 
 def test_bad_paths_are_refused_before_work(tmp_path):
     schedule = build_schedule("gpipe", ranks=2, micro_batches=2)
+    with pytest.raises(ValueError, match="f, b and w must not all be 0"):
+        schedule.draw(tmp_path / "a.svg", f=0, b=0, w=0)
     with pytest.raises(ValueError, match="must end in .svg, .png, .pdf"):
         schedule.draw(tmp_path / "a.jpg")
     with pytest.raises(ValueError, match="the folder .* does not exist"):

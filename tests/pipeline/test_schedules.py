@@ -277,4 +277,5 @@ def test_more_memory_than_the_formula_is_found():
     with pytest.raises(ScheduleError, match="rank 0 remembers 5 activations at once, the formula says 4"):
         validate(greedy)
     validate(greedy, memory=False)
+    validate(replace(greedy, name="mine"))  # has no formula
     assert most_activations(schedule, 0) == 4
