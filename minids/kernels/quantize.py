@@ -172,6 +172,12 @@ def _load_rows(x_ptr, row, column, M, K, x_stride):
 
 
 @jit
+def _byte(x, scale, SHIFT: tl.constexpr):
+    """The E4M3 bits of x / scale, in byte SHIFT / 8 of a word."""
+    return to_e4m3(x, scale).to(tl.uint8, bitcast=True).to(tl.int32) << SHIFT
+
+
+@jit
 def _store_rows(x, q_ptr, s_ptr, row, column, M, K, s_stride_m, UE8M0: tl.constexpr):
     """The pass along rows for the tiles of 128 channels in x."""
     scale = e4m3_scale(tl.max(magnitude_bits(x), axis=1), UE8M0)
@@ -183,34 +189,38 @@ def _store_rows(x, q_ptr, s_ptr, row, column, M, K, s_stride_m, UE8M0: tl.conste
 @jit(varying=("M",))
 def _square(x_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, M, K, words, x_stride, s_stride_m, s_stride_k, st_stride_k, st_stride_m,
             COLUMNS: tl.constexpr, ROW_PASS: tl.constexpr, UE8M0: tl.constexpr):
-    """One program: 128 tokens of COLUMNS channels; quantised down the columns, and along the rows if asked.
+    """One program: 128 tokens of COLUMNS channels, read once; quantised down the columns, and along the rows if asked.
 
     Bytes are slow to turn: the exchange between threads goes by words. So a thread's value is a word of four tokens of one
-    channel, made of four loads, and the words are turned. qt_ptr points to words, `words` of them to a row. The second load
-    of x finds it in the multiprocessor's own cache, and costs less than to keep it in registers.
+    channel, made of four loads, and the words are turned. qt_ptr points to words, `words` of them to a row.
     """
     quad = tl.program_id(1) * 32 + tl.arange(0, 32)  # tokens 4 quad to 4 quad + 3
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    s_ptr += tl.program_id(0) * s_stride_k
-    bits = tl.zeros((32, COLUMNS), tl.int32)
-    for i in tl.static_range(4):
-        x = _load_rows(x_ptr, quad * 4 + i, column, M, K, x_stride)
-        bits = tl.maximum(bits, magnitude_bits(x))
-        if ROW_PASS:  # COLUMNS = 128: the program's channels are one tile
-            _store_rows(x, q_ptr, s_ptr, quad * 4 + i, column, M, K, s_stride_m, UE8M0)
+    x0 = _load_rows(x_ptr, quad * 4, column, M, K, x_stride)
+    x1 = _load_rows(x_ptr, quad * 4 + 1, column, M, K, x_stride)
+    x2 = _load_rows(x_ptr, quad * 4 + 2, column, M, K, x_stride)
+    x3 = _load_rows(x_ptr, quad * 4 + 3, column, M, K, x_stride)
+
+    bits = tl.maximum(magnitude_bits(x0), magnitude_bits(x1))
+    bits = tl.maximum(bits, tl.maximum(magnitude_bits(x2), magnitude_bits(x3)))
     scale = e4m3_scale(tl.max(bits, axis=0), UE8M0)
     tl.store(st_ptr + column.to(tl.int64) * st_stride_k + tl.program_id(1) * st_stride_m, scale, mask=column < K)
-    word = tl.zeros((32, COLUMNS), tl.int32)
-    for i in tl.static_range(4):
-        x = _load_rows(x_ptr, quad * 4 + i, column, M, K, x_stride)
-        word |= to_e4m3(x, scale[None, :]).to(tl.uint8, bitcast=True).to(tl.int32) << (8 * i)
+    scale = scale[None, :]
+    word = _byte(x0, scale, 0) | _byte(x1, scale, 8) | _byte(x2, scale, 16) | _byte(x3, scale, 24)
     mask = (column[:, None] < K) & (quad[None, :] < words)
     tl.store(qt_ptr + column.to(tl.int64)[:, None] * words + quad[None, :], tl.trans(word), mask=mask)
+
+    if ROW_PASS:  # COLUMNS = 128: the program's channels are one tile
+        s_ptr += tl.program_id(0) * s_stride_k
+        _store_rows(x0, q_ptr, s_ptr, quad * 4, column, M, K, s_stride_m, UE8M0)
+        _store_rows(x1, q_ptr, s_ptr, quad * 4 + 1, column, M, K, s_stride_m, UE8M0)
+        _store_rows(x2, q_ptr, s_ptr, quad * 4 + 2, column, M, K, s_stride_m, UE8M0)
+        _store_rows(x3, q_ptr, s_ptr, quad * 4 + 3, column, M, K, s_stride_m, UE8M0)
 
 
 # From a sweep on an H200: tokens and tiles a program of _rows; channels and warps a program of _square.
 ROWS = {False: (1, 8), True: (16, 1)}  # scales row-major; column-major, where neighbours in memory are tokens
-COLUMNS_T, WARPS_T, WARPS_BOTH = 32, 2, 8
+COLUMNS_T, WARPS_T, WARPS_BOTH = 32, 2, 4
 
 
 @torch.library.custom_op("minids::quantize_tile", mutates_args=())
