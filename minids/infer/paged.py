@@ -51,7 +51,7 @@ class PagedCache:
         self.free = list(range(pages, 0, -1))
         self.owned: list[list[int]] = [[] for _ in range(max_rows)]
         self.lengths = [0] * max_rows
-        self.folded: dict[int, Any] = {}  # see LatentCache
+        self.folded: dict[tuple[int, bool], Any] = {}  # see LatentCache
         self.turned: dict[int, Any] = {}
 
     def pages_for(self, slots: int) -> int:

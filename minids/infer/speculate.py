@@ -219,11 +219,11 @@ def settle(logits_BTV: Tensor, rows: Sequence[Row], drafts: Drafts) -> list[list
     found: list[list[int]] = [[] for _ in rows]
     for members, temperature, top_p in alike(rows):
         if temperature == 0:
-            best = greedy(logits_BTV[members]).tolist()
+            best = greedy(at(logits_BTV, members)).tolist()
             new = [accept_greedy(row_best, drafts.tokens[row]) for row, row_best in zip(members, best, strict=True)]
         else:
-            p_BTV = probabilities(logits_BTV[members], temperature, top_p)
-            q_BnV = drafts.q_BnV[members] if drafts.q_BnV is not None else p_BTV[:, :0]
+            p_BTV = probabilities(at(logits_BTV, members), temperature, top_p)
+            q_BnV = at(drafts.q_BnV, members) if drafts.q_BnV is not None else p_BTV[:, :0]
             tokens = [drafts.tokens[row] for row in members]
             # As many numbers as the row has drafts, and one: a row's draws never depend on the other rows.
             u = [torch.rand(len(drafts.tokens[row]) + 1, generator=rows[row].generator, dtype=torch.float64)
@@ -270,6 +270,11 @@ def alike(rows: Sequence[Row]) -> list[tuple[list[int], float, float]]:
     for place, row in enumerate(rows):
         groups.setdefault((row.temperature, row.top_p if row.temperature else 1.0), []).append(place)
     return [(places, *knobs) for knobs, places in groups.items()]
+
+
+def at(x_B: Tensor, places: list[int]) -> Tensor:
+    """The rows at ``places``, in order; all of them without a copy."""
+    return x_B if len(places) == len(x_B) else x_B[places]
 
 
 def pad(texts: Sequence[list[int]], width: int) -> list[list[int]]:

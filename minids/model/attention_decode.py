@@ -63,9 +63,9 @@ class Folded:
     def laid_out(self, weight_FD: Tensor) -> Tensor:
         return weight_FD.t().contiguous().t() if self.wide else weight_FD.contiguous()
 
-    def fresh(self, mla: MLA, wide: bool) -> bool:
-        """Whether it was made from what ``mla`` holds now, for as many tokens."""
-        return wide == self.wide and mla.scale == self.scale and self.watch.unchanged(mla.projections())
+    def fresh(self, mla: MLA) -> bool:
+        """Whether it was made from what ``mla`` holds now."""
+        return mla.scale == self.scale and self.watch.unchanged(mla.projections())
 
 
 def applies(mla: MLA, x_BTD: Tensor) -> bool:
@@ -87,10 +87,11 @@ def more_numbers(mla: MLA) -> int:
 
 
 def folded(mla: MLA, cache: Slots, layer: int, tokens: int) -> Folded:
-    """The layer's fold, made at the cache's first decoding step."""
-    wide, fold = tokens > WIDE, cache.folded.get(layer)
-    if fold is None or not fold.fresh(mla, wide):
-        fold = cache.folded[layer] = Folded(mla, wide)
+    """The layer's fold for so many tokens, made at the first step that wants it."""
+    key = layer, tokens > WIDE
+    fold = cache.folded.get(key)
+    if fold is None or not fold.fresh(mla):
+        fold = cache.folded[key] = Folded(mla, tokens > WIDE)
     return fold
 
 

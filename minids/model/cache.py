@@ -97,7 +97,7 @@ class LatentCache(Slots):
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.carry = [torch.zeros(batch, cfg.hidden_size, device=device, dtype=dtype) for _ in range(self.depths)]
         # Each layer's weights as decoding wants them; attention_decode.py and moe_decode.py say how.
-        self.folded: dict[int, Any] = {}
+        self.folded: dict[tuple[int, bool], Any] = {}
         self.turned: dict[int, Any] = {}
 
     def write(self, layer: int, positions: Tensor | None, latent_BTc: Tensor) -> Tensor:

@@ -112,18 +112,20 @@ def test_a_fold_never_outlives_its_weights(change):
     CHANGES[change](model)
     after, plain = step(model, cache, tokens, fold=True), step(model, cache, tokens, fold=False)
     torch.testing.assert_close(after, plain, **TOLERANCE)
-    assert cache.folded[1] is not made[1] and (after - before).abs().max() > 1e-3
+    assert cache.folded[1, False] is not made[1, False] and (after - before).abs().max() > 1e-3
 
 
-def test_fewer_rows_are_folded_anew():
+def test_few_and_many_tokens_have_a_fold_each():
+    """As rows finish, or accept more or fewer drafts, both are used in turn and neither is made twice."""
     model = small_model()
     cache, tokens = filled(model, [4] * 12), torch.randint(0, 50, (12, 1))
     step(model, cache, tokens, fold=True)
-    assert cache.folded[0].wide
+    assert set(cache.folded) == {(0, True), (1, True)} and cache.folded[0, True].wide
+    made = cache.folded[0, True]
     cache.select(torch.tensor([3]))
     torch.testing.assert_close(step(model, cache, tokens[3:4], fold=True), step(model, cache, tokens[3:4], fold=False),
                                **TOLERANCE)  # fmt: skip
-    assert not cache.folded[0].wide
+    assert not cache.folded[0, False].wide and cache.folded[0, True] is made
 
 
 def test_where_it_applies():
