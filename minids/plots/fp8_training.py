@@ -26,7 +26,7 @@ def smoothed(losses: list[float], coefficient: float) -> list[float]:
 @styled
 def loss_differences(result: dict) -> Figure:
     """Smoothed losses of the variants, and their relative differences from BF16 beside V3's 0.25%: from fp8.json."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(1, 1.5))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(12.5, 4.2), width_ratios=(1, 1.4))
     for name, run in result["variants"].items():
         label, colour, line = LINES[name]
         steps = range(1, len(run["losses"]) + 1)
@@ -42,5 +42,5 @@ def loss_differences(result: dict) -> Figure:
     right.axhline(0, color="black", linewidth=0.8)
     right.set(xlabel="optimizer step", ylabel="difference of the loss from BF16's (%)",
               title=f"within V3's {100 * result['claim']:g}%?")  # fmt: skip
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return fig
