@@ -91,6 +91,23 @@ def test_newcomers_are_read_beside_those_who_write(small):
     assert written[second] >= 1
 
 
+@pytest.mark.parametrize("speculate", [0, 2])
+def test_padding_behind_the_last_slot_harms_nobody(small, speculate):
+    """A prompt in its second chunk, beside a newcomer's longer one: its padding reaches behind all slots there are."""
+    model = small.trained("groups_yarn")
+    requests = [Request([1 + i % 7 for i in range(60)], 4), Request([2 + i % 5 for i in range(40)], 20)]
+    engine, got = Engine(model, 2, 40, PAGE, speculate, prefill_tokens=40), {0: [], 1: []}
+    engine.submit(requests[0])
+    events = engine.step()
+    before = engine.cache.data[:, engine.cache.owned[0][:10]].clone()  # the first chunk's slots
+    engine.submit(requests[1])
+    events += engine.step()
+    assert before.any() and engine.cache.data[:, engine.cache.owned[0][:10]].equal(before)
+    for event in [*events, *engine.stream()]:
+        got[event.id] += event.tokens
+    assert list(got.values()) == [alone(model, request, speculate) for request in requests]
+
+
 def test_a_request_waits_until_pages_are_free_and_first_come_is_first_served(small):
     engine = Engine(small.trained("plain_query"), 4, pages=4, page_size=4)
     big = [engine.submit(Request([1] * 8, 5)) for _ in range(2)]  # 12 slots: 3 of 4 pages

@@ -5,6 +5,7 @@ import torch
 
 from minids import Transformer
 from minids.infer import SpeculationStats, generate, speculate
+from minids.infer.sampling import probabilities
 
 NAMES = ["plain_query", "groups_yarn", "softmax_depth3"]  # depths 1, 2, 3; see conftest.py
 NEW = 20
@@ -66,12 +67,13 @@ def test_any_number_of_drafts_up_to_the_depth(small, n):
     assert len(stats.proposed) == n
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_every_draft_is_made_from_the_true_past(small, monkeypatch, name, temperature):
     """The logits of every draft of every step, against the model without a cache on the row's text and earlier drafts: an
-    entry left over from a rejected draft, or made from its hidden states, would show here, and nowhere else."""
+    entry left over from a rejected draft, or made from its hidden states, would show here, and nowhere else. Sampled
+    drafts come from these logits shaped as the model's own are, by temperature and top_p."""
     model, prompts = small.trained(name), random_prompts(8, 9, small.vocab, seed=2)
     texts, seen, real = {}, [], speculate.choose
 
@@ -83,7 +85,10 @@ def test_every_draft_is_made_from_the_true_past(small, monkeypatch, name, temper
                 expected = model(torch.tensor([text])).mtp_logits[depth - 1][0, -1] if len(text) > depth else logits
                 torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
                 seen.append(depth)
-        return real(logits_BV, rows, wanted, depth, tokens)
+        q_BV = real(logits_BV, rows, wanted, depth, tokens)
+        if temperature:
+            torch.testing.assert_close(q_BV, probabilities(logits_BV, temperature, 0.9))
+        return q_BV
 
     real_step = speculate.step
 
@@ -103,7 +108,7 @@ def test_every_draft_is_made_from_the_true_past(small, monkeypatch, name, temper
     monkeypatch.setattr(speculate, "choose", choose)
     monkeypatch.setattr(speculate, "step", step)
     stats = SpeculationStats()
-    generate(model, prompts, NEW, temperature=temperature, seed=4, speculate=True, stats=stats)
+    generate(model, prompts, NEW, temperature=temperature, top_p=0.9, seed=4, speculate=True, stats=stats)
     assert set(seen) == set(range(1, len(model.mtp_modules) + 1)) and len(seen) == sum(stats.proposed)
     assert 0 < sum(stats.accepted) < sum(stats.proposed)
 
