@@ -6,7 +6,7 @@ from numbers_ import error, tame
 
 from minids import fp8
 from minids.kernels import swiglu, swiglu_quantize
-from minids.kernels.swiglu import reference
+from minids.kernels.activation import reference
 
 
 def inputs(rows, width, device):

@@ -1,0 +1,160 @@
+"""RMSNorm, router and cross entropy: values and gradients against FP64, and against the model's own."""
+
+import pytest
+import torch
+from numbers_ import error, tame
+
+from minids import ModelConfig
+from minids.kernels import cross_entropy_, linear_cross_entropy, rms_norm, router
+from minids.model.router import Gate
+
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 300), (9, 1024)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_rms_norm(where, shape, dtype):
+    backend, device = where
+    x, dy = tame(*shape, device, dtype=dtype), tame(*shape, device, 1, dtype)
+    weight = tame(1, shape[1], device, 2)[0]
+    made, exact = [[t.clone().requires_grad_() for t in (x.to(kind), weight.to(wide))] for kind, wide in
+                   ((dtype, torch.float32), (torch.float64, torch.float64))]  # fmt: skip
+    y = rms_norm(*made, 1e-6, backend=backend)
+    expected = exact[0] * (exact[0].square().mean(-1, keepdim=True) + 1e-6).rsqrt() * exact[1]
+    y.backward(dy)
+    expected.backward(dy.double())
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-3
+    assert y.dtype == dtype and error(y, expected) < tolerance
+    assert error(made[1].grad, exact[1].grad) < 1e-5
+    if shape[1] > 1:  # of one column it is x / |x|: the gradient is the rounding of 0
+        assert error(made[0].grad, exact[0].grad) < tolerance
+
+
+def logits_of(n, e, device):
+    """Scores that differ by much more than a last bit, so that every implementation chooses the same."""
+    generator = torch.Generator().manual_seed(0)
+    places = torch.stack([torch.randperm(e, generator=generator) for _ in range(n)])
+    return (places / e * 8 - 4 + torch.rand(n, e, generator=generator) / e).to(device)
+
+
+@pytest.mark.parametrize("sizes", [(16, 4, 2, 3), (8, 1, 1, 8), (64, 8, 4, 8), (256, 8, 4, 8)], ids=str)
+def test_router_is_the_models(where, sizes):
+    backend, device = where
+    e, n_group, topk_group, k = sizes
+    cfg = ModelConfig.preset("toy", n_routed_experts=e, n_group=n_group, topk_group=topk_group, num_experts_per_tok=k)
+    gate = Gate(cfg).to(device)
+    with torch.no_grad():
+        gate.e_score_correction_bias.copy_(torch.rand(e, generator=torch.Generator().manual_seed(1)) * 1e-3)
+    made, expected = (logits_of(13, e, device).requires_grad_() for _ in range(2))
+    weights, indices, scores = router(
+        made, gate.e_score_correction_bias, n_group=n_group, topk_group=topk_group, k=k, scale=cfg.routed_scaling_factor,
+        backend=backend,
+    )  # fmt: skip
+    wanted_scores = expected.sigmoid()
+    wanted_indices = gate.choose(wanted_scores)
+    wanted = gate.gate_values(wanted_scores, wanted_indices)
+    order, wanted_order = indices.argsort(-1), wanted_indices.argsort(-1)
+    assert torch.equal(indices.gather(-1, order), wanted_indices.gather(-1, wanted_order))
+    torch.testing.assert_close(weights.gather(-1, order), wanted.gather(-1, wanted_order), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(scores, wanted_scores, rtol=1e-5, atol=1e-6)
+    choices = scores.detach() + gate.e_score_correction_bias
+    assert (choices.gather(-1, indices).diff(dim=-1) <= 0).all()  # the best choice first
+    factor = torch.rand(e, device=device)
+    (weights.square() * factor[indices]).sum().add((scores * factor).sum()).backward()
+    (wanted.square() * factor[wanted_indices]).sum().add((wanted_scores * factor).sum()).backward()
+    torch.testing.assert_close(made.grad, expected.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_router_of_equal_scores_takes_the_first(kernel):
+    weights, indices, _ = router(
+        torch.zeros(3, 16, device=kernel), torch.zeros(16, device=kernel), n_group=4, topk_group=2, k=3, scale=2.5,
+        backend="triton",
+    )  # fmt: skip
+    assert indices.tolist() == [[0, 1, 2]] * 3
+    torch.testing.assert_close(weights, torch.full_like(weights, 2.5 / 3))
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 1000, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_cross_entropy(where, vocabulary, dtype):
+    backend, device = where
+    logits = tame(6, vocabulary, device, dtype=dtype)
+    labels = torch.randint(0, vocabulary, (6,), generator=torch.Generator().manual_seed(0)).to(device)
+    labels[2] = -100
+    exact = logits.double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(exact, labels, reduction="none")
+    expected.sum().backward()
+    losses = cross_entropy_(logits, labels, backend=backend)
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits.double(), exact.grad, rtol=1e-4 if dtype == torch.float32 else 4e-3, atol=1e-6)
+    assert not logits[2].any()
+
+
+def test_cross_entropy_of_impossible_words(where):
+    """-inf logits have probability 0, and whole blocks of them do no harm."""
+    backend, device = where
+    logits = torch.full((2, 9000), -torch.inf, device=device)
+    logits[:, 8999] = 3.0
+    logits[1, 0] = 3.0
+    losses = cross_entropy_(logits, torch.tensor([8999, 0], device=device), backend=backend)
+    torch.testing.assert_close(losses.cpu(), torch.tensor([0.0, 0.6931472]))
+    assert logits.isfinite().all() and logits[1, [0, 8999]].tolist() == [-0.5, 0.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_linear_cross_entropy(where, dtype):
+    backend, device = where
+    hidden, weight = tame(10, 24, device, dtype=dtype) / 4, tame(50, 24, device, 1, dtype) / 4
+    labels = torch.arange(10, device=device)
+    labels[3] = -100
+    made = [t.clone().requires_grad_() for t in (hidden, weight)]
+    exact = [t.double().requires_grad_() for t in (hidden, weight)]
+    loss = linear_cross_entropy(*made, labels, chunk=4, backend=backend)
+    expected = torch.nn.functional.cross_entropy(exact[0] @ exact[1].t(), labels, reduction="sum")
+    (2 * loss).backward()
+    (2 * expected).backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert error(loss, expected) < tolerance
+    assert max(error(a.grad, b.grad) for a, b in zip(made, exact, strict=True)) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("call", "exception", "message"),
+    [
+        (lambda: rms_norm(torch.zeros(2, 3), torch.ones(4)), ValueError, r"weight: got shape \(4,\), expected \(3,\)"),
+        (lambda: rms_norm(torch.zeros(2, 3), torch.ones(3), 0.0), ValueError, "eps: got 0.0, expected a positive number"),
+        (lambda: rms_norm(torch.zeros(3, 2).t(), torch.ones(3)), ValueError, r"strides \(1, 2\)"),
+        (
+            lambda: router(torch.zeros(2, 8), torch.zeros(8), n_group=3, topk_group=1, k=1, scale=1.0),
+            ValueError, "n_group: got 3 for 8 experts",
+        ),
+        (
+            lambda: router(torch.zeros(2, 8), torch.zeros(8), n_group=4, topk_group=1, k=3, scale=1.0),
+            ValueError, "k: got 3, expected 1 to the 2 experts",
+        ),
+        (
+            lambda: router(torch.zeros(2, 8), torch.zeros(8), n_group=4, topk_group=5, k=1, scale=1.0),
+            ValueError, "topk_group: got 5, expected 1 to n_group = 4",
+        ),
+        (lambda: cross_entropy_(torch.zeros(2, 8), torch.zeros(3).long()), ValueError, r"labels: got shape \(3,\)"),
+        (lambda: cross_entropy_(torch.zeros(2, 8), torch.zeros(2)), TypeError, "labels: got dtype torch.float32"),
+        (
+            lambda: linear_cross_entropy(torch.zeros(2, 8), torch.zeros(5, 8).bfloat16(), torch.zeros(2).long()),
+            TypeError, "weight: got dtype torch.bfloat16, expected torch.float32",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_input(call, exception, message):
+    with pytest.raises(exception, match=message):
+        call()
+
+
+def test_registered(kernel):
+    x, weight = tame(4, 40, kernel).requires_grad_(), tame(1, 40, kernel)[0].requires_grad_()
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.minids.rms_norm.default, (x, weight, 1e-6), test_utils=checks)
+    logits = logits_of(4, 16, kernel).requires_grad_()
+    args = (logits, torch.zeros(16, device=kernel), 4, 2, 3, 2.5)
+    torch.library.opcheck(torch.ops.minids.router.default, args, test_utils=checks)
+    labels = torch.arange(4, device=kernel)
+    torch.library.opcheck(torch.ops.minids.cross_entropy_.default, (tame(4, 40, kernel), labels), test_utils=checks[:2])
