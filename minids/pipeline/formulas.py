@@ -28,13 +28,6 @@ from minids.pipeline.action import Schedule
 
 Time = Real
 
-# V3 Table 2, in its own words, for PP stages: parameters and activations relative to 1/PP of the model.
-TABLE_2 = {
-    "1f1b": ("(PP - 1)(F + B)", "1x", "PP"),
-    "zb1p": ("(PP - 1)(F + B - 2W)", "1x", "PP"),
-    "dualpipe": ("(PP/2 - 1)(F&B + B - 3W)", "2x", "PP + 1"),
-}
-
 
 def paper_bubble(name: str, ranks: int, f: Time, b: Time, w: Time, fb: Time | None = None) -> Time:
     """The formula of the table above, with the times of one stage. DualPipeV: `ranks` are its own, PP/2 of the paper's."""

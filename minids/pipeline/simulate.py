@@ -14,7 +14,6 @@ The simplifications: hand-overs do not slow down computing, no jitter, no optimi
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
 from numbers import Real
 
 from minids.pipeline.action import Action, Schedule
@@ -243,8 +242,3 @@ def simulate(schedule: Schedule, *, f=1, b=2, w=1, fb=None, i=None, comm: Time =
     makespan = max((row[-1].end for row in clock.cells if row), default=0)
     peaks = [peak_activations(actions) for actions in schedule.actions]
     return Timeline(schedule, clock.cells, makespan, busy, clock.exposed, peaks)
-
-
-def gaps(row: Sequence[Cell]) -> list[tuple[Time, Time]]:
-    """(start, end) of each wait between two cells of a rank."""
-    return [(one.end, two.start) for one, two in pairwise(row) if two.start > one.end]
