@@ -154,9 +154,9 @@ def to_e4m3(x, scale):
 def _rows(x_ptr, q_ptr, s_ptr, M, K, x_stride, s_stride_m, s_stride_k,
           ROWS: tl.constexpr, TILES: tl.constexpr, UE8M0: tl.constexpr):
     """One program: ROWS tokens of TILES tiles of 128 channels."""
-    tile = tl.arange(0, ROWS * TILES)
-    row = (tl.program_id(1) * ROWS + tile // TILES).to(tl.int64)
-    k = tl.program_id(0) * TILES + tile % TILES
+    tile, across = tl.arange(0, ROWS * TILES), tl.cdiv(K, TILES * 128)
+    row = ((tl.program_id(0) // across) * ROWS + tile // TILES).to(tl.int64)
+    k = (tl.program_id(0) % across) * TILES + tile % TILES
     column = k[:, None] * 128 + tl.arange(0, 128)[None, :]
     mask = (row[:, None] < M) & (column < K)
     x = tl.load(x_ptr + row[:, None] * x_stride + column, mask=mask, other=0.0).to(tl.float32)
@@ -228,7 +228,7 @@ def _quantize_tile(x: Tensor, ue8m0: bool, column_major: bool) -> tuple[Tensor, 
     (m, k), q, scale_inv = x.shape, *empty(x, column_major)
     if q.numel():
         rows, tiles = ROWS[column_major]
-        grid = (cdiv(k, TILE * tiles), cdiv(m, rows))
+        grid = (cdiv(k, TILE * tiles) * cdiv(m, rows),)  # in one dimension: the others end at 65,535
         _rows[grid](x, q, scale_inv, m, k, x.stride(0), *scale_inv.stride(), rows, tiles, ue8m0, num_warps=2)
     return q, scale_inv
 

@@ -45,8 +45,8 @@ def reference(y: Tensor, slot: Tensor) -> Tensor:
 @jit
 def _combine(y_ptr, slot_ptr, out_ptr, D, y_stride, K: tl.constexpr, BLOCK: tl.constexpr):
     """One program: BLOCK columns of one token."""
-    token = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.program_id(0).to(tl.int64)  # tokens in the first dimension: the others end at 65,535
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for k in tl.static_range(K):
         row = tl.load(slot_ptr + token * K + k)
@@ -59,7 +59,7 @@ def _combine_op(y: Tensor, slot: Tensor) -> Tensor:
     (n, k), d = slot.shape, y.shape[1]
     out = y.new_empty((n, d))
     if out.numel():
-        _combine[(cdiv(d, 1024), n)](y, slot, out, d, y.stride(0), k, 1024, num_warps=4)
+        _combine[(n, cdiv(d, 1024))](y, slot, out, d, y.stride(0), k, 1024, num_warps=4)
     return out
 
 

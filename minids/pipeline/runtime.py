@@ -183,6 +183,7 @@ class Pipeline:
         """Leave the gradient of a global batch (B, T + 1) in the optimizers of all ranks (times their loss scale). Returns
         losses and loads of the whole batch on every rank. All ranks are given the same batch."""
         inputs, labels, ids = split_rows(tokens, document_ids, self.config.document_mask, self.device)
+        inputs = inputs.contiguous()  # stages are promised dense rows, and torch 2.11 holds us to it
         ranks = self.placement.schedule.ranks
         count = micro_batches or choose_micro_batches(self.config, ranks, len(inputs))
         if len(inputs) % count:
