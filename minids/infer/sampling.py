@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 MAX_SEED = 2**63 - 1
+HEAD = 256  # most probable tokens among which a nucleus is looked for first
 
 
 def check_sampling(temperature: float, top_p: float) -> None:
@@ -81,13 +82,24 @@ def keep_nucleus(probs_BV: Tensor, top_p: float) -> Tensor:
 
     The nucleus is the smallest set of most probable tokens with mass >= top_p, so a token stays exactly when the tokens
     before it have not reached top_p yet; the first always stays. Of equally probable tokens the lower id comes first
-    (stable sort).
+    (stable sort). A sort of the whole vocabulary takes longer than a small model's step; the HEAD most probable tokens
+    are enough, unless a nucleus is larger or ends among equals.
     """
-    sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
-    mass_before_BV = sorted_BV.double().cumsum(dim=-1) - sorted_BV
-    sorted_BV = sorted_BV.masked_fill(mass_before_BV >= top_p, 0.0)
+    sorted_BV, order_BV = probs_BV.topk(min(HEAD, probs_BV.shape[-1]), dim=-1)
+    stays_BV = inside_nucleus(sorted_BV, top_p)
+    last_B1 = stays_BV.sum(-1, keepdim=True) - 1
+    ends = last_B1 + 1 < sorted_BV.shape[-1]
+    if not (ends & (sorted_BV.gather(-1, last_B1) > sorted_BV.gather(-1, last_B1 + ends))).all():
+        sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
+        stays_BV = inside_nucleus(sorted_BV, top_p)
+    sorted_BV = sorted_BV.masked_fill(~stays_BV, 0.0)
     sorted_BV = sorted_BV / sorted_BV.sum(dim=-1, keepdim=True)
     return torch.zeros_like(probs_BV).scatter_(-1, order_BV, sorted_BV)
+
+
+def inside_nucleus(sorted_BV: Tensor, top_p: float) -> Tensor:
+    """Whether the mass before each token, in descending order, is below top_p: (B, V) bool."""
+    return sorted_BV.double().cumsum(dim=-1) - sorted_BV < top_p
 
 
 def draw(probs_BV: Tensor, uniforms_B: Tensor) -> Tensor:

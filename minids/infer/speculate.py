@@ -196,7 +196,6 @@ def propose(model: Transformer, cache: Slots, rows: Sequence[Row]) -> Drafts:
 def choose(logits_BV: Tensor, rows: Sequence[Row], wanted: list[int], depth: int, tokens: list[list[int]]) -> Tensor | None:
     """Add draft ``depth`` to the rows that want it: the argmax, or drawn from q by the row's own generator. Returns q
     (B, V), None if all rows are greedy."""
-    logits_BV = torch.nan_to_num(logits_BV, 0.0, 0.0, 0.0)  # a draft may be anything: the model judges it
     best, q_BV = greedy(logits_BV).tolist(), None
     for members, temperature, top_p in alike(rows):
         if temperature == 0:
@@ -205,7 +204,8 @@ def choose(logits_BV: Tensor, rows: Sequence[Row], wanted: list[int], depth: int
                     tokens[row].append(best[row])
             continue
         q_BV = torch.zeros_like(logits_BV, dtype=torch.float32) if q_BV is None else q_BV
-        q_BV[members] = probabilities(logits_BV[members], temperature, top_p)
+        logits = torch.nan_to_num(at(logits_BV, members), 0.0, 0.0, 0.0)  # a draft may be anything: the model judges it
+        q_BV[members] = probabilities(logits, temperature, top_p)
         drawing = [row for row in members if depth <= wanted[row]]
         if drawing:
             drawn = draw(q_BV[drawing], uniforms([rows[row].generator for row in drawing])).tolist()

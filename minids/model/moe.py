@@ -117,7 +117,7 @@ class Experts(nn.Module):
             dtype = torch.get_autocast_dtype(x_ND.device.type)
             x_ND, gate_up_EFD, down_EDF = x_ND.to(dtype), gate_up_EFD.to(dtype), down_EDF.to(dtype)
         if moe_decode.applies(x_ND, routing, len(gate_up_EFD)):
-            turned = moe_decode.turned(gate_up_EFD, down_EDF, cache, layer)
+            turned = moe_decode.turned(gate_up_EFD, down_EDF, cache, layer, len(x_ND))
             if turned is not None:
                 return moe_decode.bags(x_ND, routing, turned)
             return moe_decode.few_tokens(x_ND, routing, gate_up_EFD, down_EDF)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 SINGLY = 3  # tokens up to which each goes alone
 FEW = 4  # tokens an expert, on average; with more of them the grouped GEMM is as good
 PAYS = 512  # tokens to come, in all rows, from which turning the experts saves more time than it takes
+PAYS_FEW = 128  # the same when several tokens run at once: then each call that is spared counts more
 LARGE = 1 << 22  # numbers of a layer's gate and up projections from which the memory for a second copy is not spent
 
 
@@ -68,9 +69,9 @@ class Turned:
         self.inputs_D, self.inputs_F = torch.arange(gate_up_EFD.shape[2]), torch.arange(down_EDF.shape[2])
 
 
-def turned(gate_up_EFD: Tensor, down_EDF: Tensor, cache: LatentCache | None, layer: int) -> Turned | None:
+def turned(gate_up_EFD: Tensor, down_EDF: Tensor, cache: LatentCache | None, layer: int, tokens: int = 1) -> Turned | None:
     """The layer's turned experts where they serve: float32 inference on the CPU, a small layer, and a cache that has them
-    or has room for PAYS tokens more."""
+    or has room for PAYS tokens more. ``tokens``: how many this pass has."""
     if cache is None or torch.is_grad_enabled() or not gate_up_EFD.is_cpu or gate_up_EFD.dtype != torch.float32:
         return None
     if gate_up_EFD.numel() > LARGE or gate_up_EFD.is_inference() or torch.is_autocast_enabled("cpu"):
@@ -79,7 +80,7 @@ def turned(gate_up_EFD: Tensor, down_EDF: Tensor, cache: LatentCache | None, lay
     if found is not None and found.watch.unchanged([gate_up_EFD, down_EDF]):
         return found
     to_come = cache.rows * (cache.capacity - cache.filled)
-    if found is None and to_come < PAYS:
+    if found is None and to_come < (PAYS if tokens == 1 else PAYS_FEW):
         return None
     cache.turned[layer] = Turned(gate_up_EFD, down_EDF)
     return cache.turned[layer]

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minids.infer import sampling
 from minids.infer.sampling import (
     MAX_SEED,
     check_sampling,
@@ -104,6 +105,23 @@ def test_sample_follows_the_distribution():
     expected = n * torch.softmax(logits[0] / 0.8, -1)
     chi_square = ((torch.bincount(tokens, minlength=10) - expected) ** 2 / expected).sum().item()
     assert chi_square < 27.9
+
+
+@settings(max_examples=200)
+@given(st.lists(st.lists(st.integers(0, 9), min_size=12, max_size=12).filter(any), min_size=1, max_size=3),
+       st.floats(0.01, 0.999), st.integers(1, 12))  # fmt: skip
+def test_the_head_is_enough_or_the_whole_is_sorted(counts, top_p, head):
+    """Rows of small counts, so full of equals; heads that end before, in and behind the nucleus. The definition: a token
+    stays if those before it, more probable or equal and of lower id, have not reached top_p."""
+    probs = torch.tensor(counts, dtype=torch.float64)
+    probs /= probs.sum(-1, keepdim=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "HEAD", head)
+        kept = keep_nucleus(probs, top_p)
+    order, values = probs.sort(dim=-1, descending=True, stable=True)[::-1]
+    stays = values.cumsum(-1) - values < top_p
+    expected = torch.zeros_like(probs).scatter(-1, order, values * stays)
+    torch.testing.assert_close(kept, expected / expected.sum(-1, keepdim=True))
 
 
 def test_sample_never_leaves_the_nucleus():
