@@ -12,7 +12,7 @@ from pathlib import Path
 import minids.bench
 from minids.bench.common import environment, format_report, one_thread, write_json
 
-HELPERS = {"__main__", "common", "gpu_cases", "peer"}
+HELPERS = {"__main__", "common", "gpu_cases", "gpu_layers", "peer"}
 
 
 def names() -> list[str]:

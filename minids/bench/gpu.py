@@ -1,9 +1,10 @@
 """Kernels on the GPU beside their peers: `python -m minids.bench gpu --json figures/bench/gpu.json`.
 
-The published shapes of V3: quantisation, FP8 products for prefill and decoding, the experts' grouped products, and a whole
-MoE layer forward. Every candidate of a row, peers included, runs in the same rounds in rotating order; the figure is the
-median over rounds of medians of `triton.testing.do_bench`, which empties the L2 cache before each call. Calls are
-recorded as CUDA graphs, so that nobody's Python is timed. Inputs are fresh random numbers with outliers, never zeros.
+The published shapes of V3: quantisation, FP8 products for prefill and decoding, the experts' grouped products, a whole MoE
+layer forward, the small operations, MLA decoding. Every candidate of a row, peers included, runs in the same rounds in
+rotating order; the figure is the median over rounds of medians of `triton.testing.do_bench`, which empties the L2 cache
+before each call. Calls are recorded as CUDA graphs, so that nobody's Python is timed. Inputs are fresh random numbers with
+outliers, never zeros.
 
 Beside each time stands its error: ||out - exact|| / ||exact|| against an FP32 computation from the same inputs (for
 quantisation: whether the bits are the reference's). And the share of the floor: the larger of bytes over the measured
@@ -11,7 +12,8 @@ copy rate and operations over the measured rate of the tensor core (FP8: one sca
 the time.
 
 Peers: torch's device copy; cuBLAS in BF16; cuBLASLt's block-scaled FP8 (`torch.nn.functional.scaled_mm`);
-`torch._grouped_mm`. Rates: TB/s or TFLOP/s. Shapes: M rows, N outputs, K inputs, E experts, T tokens.
+`torch._grouped_mm`; FlashInfer where it is installed. Rates: TB/s or TFLOP/s.
+Shapes: M rows, N outputs, K inputs, E experts, T tokens.
 """
 
 from collections.abc import Callable
@@ -23,16 +25,8 @@ import torch
 
 from minids import kernels
 from minids.bench.common import Report
-from minids.bench.gpu_cases import (
-    BF16,
-    Case,
-    fp8_products,
-    grouped_products,
-    moe_layers,
-    normal,
-    quantizations,
-    small_operations,
-)  # fmt: skip
+from minids.bench.gpu_cases import BF16, Case, fp8_products, grouped_products, normal, quantizations
+from minids.bench.gpu_layers import mla_decoding, moe_layers, small_operations
 
 
 def run(rounds: int) -> Report:
@@ -44,7 +38,7 @@ def run(rounds: int) -> Report:
     torch.manual_seed(0)
     limits = measure_limits(rounds)
     rows = []
-    for build in (quantizations, fp8_products, grouped_products, moe_layers, small_operations):
+    for build in (quantizations, fp8_products, grouped_products, moe_layers, small_operations, mla_decoding):
         for make in build(limits):
             rows.append(measure(make(), rounds))
             report.rows.append(table_row(rows[-1]))
@@ -155,6 +149,10 @@ def missed(rows: list[dict[str, Any]]) -> list[str]:
          geometric_mean([against(row, "cuBLASLt") for row in of(rows, "FP8 prefill")]), 0.85),
         ("MoE forward BF16, TFLOP/s", of(rows, "MoE forward BF16")[0]["rate"]["minids"], 550),
         ("MoE forward FP8, TFLOP/s", of(rows, "MoE forward FP8")[0]["rate"]["minids"], 800),
+    ]  # fmt: skip
+    targets += [
+        (f"MLA decoding {row['shape']}, against FlashInfer FA3", against(row, "FlashInfer FA3"), 0.8)
+        for row in of(rows, "MLA decoding")[:2] if "FlashInfer FA3" in row["rate"]
     ]  # fmt: skip
     targets += [(f"FP8 decoding {r['shape']}, against the better peer", r["ratio"], 1.0) for r in of(rows, "FP8 decoding")]
     return [f"{name}: {found:.3g}, wanted {wanted}" for name, found, wanted in targets if not found >= wanted]

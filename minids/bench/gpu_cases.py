@@ -1,7 +1,7 @@
-"""The operations of `minids.bench.gpu`: what each computes, its floor, its peers, and its error against FP32.
+"""The products of `minids.bench.gpu`: what each computes, its floor, its peers, and its error against FP32.
 
 Each function returns builders, so that one case's tensors are gone before the next one's are made. Inputs are fresh random
-numbers with outliers. Shapes: M rows, N outputs, K inputs, E experts, T tokens, V vocabulary.
+numbers with outliers. Shapes: M rows, N outputs, K inputs, E experts.
 """
 
 from collections.abc import Callable
@@ -13,9 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minids import kernels
-from minids.kernels import gemm_fp8, grouped_fp8, quantize, routing
-from minids.model.moe import plan_dispatch
-from minids.model.router import Routing
+from minids.kernels import gemm_fp8, grouped_fp8, quantize
 
 Limits = dict[str, float]
 Builders = list[Callable[[], "Case"]]
@@ -167,126 +165,3 @@ def grouped_products(limits: Limits) -> Builders:
     kinds = ["BF16 forward", "BF16 input gradient", "BF16 weight gradient", "FP8 forward", "FP8 weight gradient"]
     shapes = [(2 * WIDTH, HIDDEN), (HIDDEN, WIDTH)]
     return [lambda kind=kind, shape=shape: case(kind, *shape) for kind in kinds for shape in shapes]
-
-
-def moe_layers(limits: Limits) -> Builders:
-    """The routed experts forward, from tokens and their routing (planned before) to tokens."""
-
-    def case(fp8: bool) -> Case:
-        x = normal(TOKENS, HIDDEN)
-        up, down = normal(EXPERTS, 2 * WIDTH, HIDDEN) / 85, normal(EXPERTS, HIDDEN, WIDTH) / 45
-        scores = torch.rand(TOKENS, EXPERTS, device="cuda")
-        weights, indices = scores.topk(CHOSEN)
-        load = torch.bincount(indices.flatten(), minlength=EXPERTS)
-        plan = plan_dispatch(Routing(weights, indices, scores, load), 128 if fp8 else 1)
-        weight_M = torch.cat([weights.flatten(), weights.new_zeros(1)])[plan.choice_M]  # 0 in slots that fill up
-        up_q, down_q = kernels.quantize_block(up), kernels.quantize_block(down)
-
-        def ours() -> Tensor:
-            if fp8:
-                q, s = kernels.quantize_tile(x, column_major=True)  # once a token, then copied to its slots
-                slots = q.view(torch.uint8).index_select(0, plan.token_M).view(q.dtype)
-                s_slots = s.t().index_select(1, plan.token_M).t()
-                both = kernels.grouped_fp8_gemm(slots, s_slots, *up_q, plan.ends_E)
-                y = kernels.grouped_fp8_gemm(*kernels.swiglu_quantize(both, weight_M), *down_q, plan.ends_E)
-            else:
-                both = kernels.grouped_gemm(x.index_select(0, plan.token_M), up, plan.ends_E)
-                y = kernels.grouped_gemm(kernels.swiglu(both, weight_M), down, plan.ends_E)
-            return kernels.combine(y, plan.slot_NK)
-
-        def peer() -> Tensor:
-            both = torch._grouped_mm(x.index_select(0, plan.token_M), up.transpose(1, 2), offs=plan.ends_E)
-            gate, rest = both.chunk(2, -1)
-            h = F.silu(gate) * rest * weight_M[:, None].to(BF16)
-            y = torch._grouped_mm(h, down.transpose(1, 2), offs=plan.ends_E)
-            return torch.zeros_like(x).index_add_(0, plan.token_M, y)
-
-        work = 2.0 * TOKENS * CHOSEN * 3 * HIDDEN * WIDTH
-        found = error(ours()[:8], exact_moe(x[:8], weights[:8], indices[:8], up, down))
-        name = f"MoE forward {'FP8' if fp8 else 'BF16'}"
-        candidates = {"minids": ours, "torch BF16": peer}
-        shape = f"{TOKENS} x {HIDDEN}, {EXPERTS} of {WIDTH}, top {CHOSEN}"
-        return Case(name, shape, "TFLOP/s", work, work / limits["fp8" if fp8 else "bf16"], candidates, found)
-
-    return [lambda: case(False), lambda: case(True)]
-
-
-def exact_moe(x: Tensor, weights: Tensor, indices: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """The routed experts' sum in FP32, token by token."""
-    out = torch.zeros_like(x, dtype=torch.float32)
-    for n in range(len(x)):
-        for weight, e in zip(weights[n], indices[n].tolist(), strict=True):
-            gate, rest = (up[e].float() @ x[n].float()).chunk(2)
-            out[n] += down[e].float() @ (F.silu(gate) * rest * weight)
-    return out
-
-
-def small_operations(limits: Limits) -> Builders:
-    """RMSNorm, router, cross entropy, SwiGLU: rates in bytes that must move."""
-    m, d, v = 8192, 7168, 129280
-
-    def case(name: str, shape: str, n_bytes: float, minids: Callable, peer: Callable, found: float) -> Case:
-        floor = n_bytes / limits["copy"]
-        return Case(name, shape, "TB/s", n_bytes, floor, {"minids": minids, "torch": peer}, found)
-
-    def norm() -> Case:
-        x, weight = normal(m, d), torch.rand(d, device="cuda", dtype=BF16)
-        exact = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.double()
-        return case("RMSNorm", f"{m} x {d}", 4.0 * m * d, lambda: kernels.rms_norm(x, weight),
-                    lambda: F.rms_norm(x, (d,), weight, 1e-6), error(kernels.rms_norm(x, weight), exact))  # fmt: skip
-
-    def norm_backward() -> Case:
-        x, dy, weight = normal(m, d), normal(m, d), torch.rand(d, device="cuda", dtype=BF16)
-        _, r = torch.ops.minids.rms_norm(x, weight, 1e-6)
-        wide = x.double().requires_grad_()
-        (wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.double()).backward(dy.double())
-        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
-        y = F.rms_norm(leaves[0], (d,), leaves[1], 1e-6)
-
-        def ours() -> tuple[Tensor, Tensor]:
-            return torch.ops.minids.rms_norm_backward(dy, x, weight, r)
-
-        return case("RMSNorm backward", f"{m} x {d}", 6.0 * m * d, ours,
-                    lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True), error(ours()[0], wide.grad))  # fmt: skip
-
-    def route() -> Case:
-        logits, bias = torch.randn(m, 256, device="cuda"), torch.rand(256, device="cuda") * 0.01
-        sizes = {"n_group": 8, "topk_group": 4, "k": 8, "scale": 2.5}
-        weights, indices, _ = kernels.router(logits, bias, **sizes)
-        exact_weights, exact_indices, _ = routing.reference(logits.double(), bias.double(), *sizes.values())
-        order, exact_order = indices.argsort(-1), exact_indices.argsort(-1)
-        found = error(weights.gather(-1, order), exact_weights.gather(-1, exact_order))
-        shape = f"{m} x 256, 8 of 4 groups of 8"
-        return case("router", shape, 8.0 * m * 256, lambda: kernels.router(logits, bias, **sizes),
-                    lambda: routing.reference(logits, bias, *sizes.values()), found)  # fmt: skip
-
-    def loss() -> Case:
-        logits, labels = normal(2048, v), torch.randint(0, v, (2048,), device="cuda")
-        exact = F.cross_entropy(logits[:CHECKED].double(), labels[:CHECKED], reduction="none")
-        scratch = logits.clone()
-        found = error(kernels.cross_entropy_(scratch, labels)[:CHECKED], exact)
-        leaf = logits.clone().requires_grad_()
-
-        def peer() -> Tensor:
-            return torch.autograd.grad(F.cross_entropy(leaf.float(), labels, reduction="sum"), leaf)[0]
-
-        # Ours overwrites its input, so it is given a fresh copy each time, which is timed and counted with it.
-        return case("copy, cross entropy and gradient", f"2048 x {v}", 8.0 * 2048 * v,
-                    lambda: kernels.cross_entropy_(scratch.copy_(logits), labels), peer, found)  # fmt: skip
-
-    def gated() -> Case:
-        both, weight = normal(m, 2 * WIDTH), torch.rand(m, device="cuda")
-        gate, up = both.double().chunk(2, -1)
-        q, s = kernels.swiglu_quantize(both, weight)
-        dequantized = (q.float().unflatten(1, (-1, 128)) * s[..., None]).flatten(1)
-        found = error(dequantized, F.silu(gate) * up * weight[:, None].double())
-
-        def peer() -> tuple[Tensor, Tensor]:
-            gate, up = both.chunk(2, -1)
-            return kernels.quantize_tile(F.silu(gate) * up * weight[:, None].to(BF16))
-
-        return case("SwiGLU, quantised", f"{m} x {WIDTH}", m * WIDTH * (5 + 4 / 128),
-                    lambda: kernels.swiglu_quantize(both, weight), peer, found)  # fmt: skip
-
-    return [norm, norm_backward, route, loss, gated]
-

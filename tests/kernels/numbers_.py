@@ -5,8 +5,8 @@ from torch import Tensor
 
 
 def hard(rows: int, columns: int, dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
-    """Random numbers whose tiles differ by many magnitudes, with outliers, zeros of both signs, a row of zeros, a tile of
-    subnormal numbers and one of the largest."""
+    """Random numbers whose tiles differ by many magnitudes, with outliers, zeros of both signs, a row of zeros, tiles of
+    subnormal numbers, of the smallest normal ones and of the largest."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, columns, generator=generator)
     x *= torch.exp(4 * torch.randn(rows, -(-columns // 128), generator=generator)).repeat_interleave(128, 1)[:, :columns]
@@ -16,6 +16,7 @@ def hard(rows: int, columns: int, dtype: torch.dtype, device: str, seed: int = 0
     x[0] = 0
     if rows > 1:
         x[1, :128] = x[1, :128].clamp(-4, 4) * 1e-39
+        x[3::5, :128] = x[3::5, :128].clamp(-4, 4) * 1e-36
     if rows > 2:
         x[2, :128] = x[2, :128].sign() * (3e38 if dtype != torch.float16 else 6e4)
     return x.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype).to(device)

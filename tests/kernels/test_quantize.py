@@ -51,6 +51,23 @@ def test_kernel_on_random_shapes(kernel, seed):
     assert [same_bits(a, b) for a, b in zip(made, expected, strict=True)] == [True] * 4
 
 
+@pytest.mark.parametrize("amax", [1.7, 3.1e-36, 1.3e-35, 7.7e-34, 2.9e30, 3.3e38])
+def test_numbers_on_the_edge_between_two_codes(where, amax):
+    """The quotient must be that of a true division to its last bit: here that bit decides. Tiny tiles included."""
+    backend, device = where
+    codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    middles = (codes[1:] + codes[:-1]) / 2
+    amaxes = torch.tensor(amax) * (1 + torch.rand(40, generator=torch.Generator().manual_seed(0)) * 0.03)
+    amaxes = amaxes.clamp(max=torch.finfo(torch.float32).max)[:, None]
+    edges = (middles * (amaxes / torch.tensor(448.0)).double()).float()
+    infinity = torch.tensor(torch.inf)
+    rows = torch.cat([edges, torch.nextafter(edges, infinity), torch.nextafter(edges, -infinity)])
+    x = torch.cat([amaxes.repeat(3, 1), rows, torch.zeros(120, 1)], 1)
+    q, scale_inv = quantize_tile(x.to(device), backend=backend)
+    expected = fp8.quantize_tile(x)
+    assert same_bits(scale_inv, expected[1]) and same_bits(q, expected[0])
+
+
 def test_layouts(where):
     backend, device = where
     x = hard(37, 300, torch.bfloat16, device)

@@ -1,0 +1,167 @@
+"""MLA decoding over the paged latent cache: absorbed, split along the sequence, rows of any length (V3 section 2.1.1).
+
+    score[h, j] = scale (q_c[h] . c[j] + q_r[h] . k_r[j])        out[h] = sum_j softmax_j(score[h]) c[j]
+
+With W_UK multiplied into the query and W_UV left for afterwards, all heads share one key and value, the latent [c ; k_r],
+and the value is the key's first C numbers. So a page is read once for a block of heads and used twice: 128 heads do
+2 (C + R) + 2 C operations a head with each number of it, which makes decoding bound by arithmetic instead of memory.
+
+The problem: few rows and long texts leave most multiprocessors idle. So each row's pages are divided among SPLITS programs;
+each keeps the running maximum m and sum l of its exponentials and a sum of values scaled to that maximum, and a second
+kernel joins the parts: out = sum_s w_s part_s, w_s proportional to exp(logsumexp_s).
+
+Floors: 2 H (2 C + R) operations a cached token; (C + R) numbers of the cache a token, for every 64 heads.
+
+Layout: pages (P, S, C + R) contiguous; token j of row b is place j % S of page table[b, j // S].
+Shapes: B rows, H heads, C latent, R rope, P pages, S slots a page.
+"""
+
+import torch
+from torch import Tensor
+
+from minids.kernels.backend import TensorDescriptor, cdiv, check, check_rows, check_shape, choose, jit, multiprocessors, tl
+
+BF16 = torch.bfloat16
+HEADS = 64  # heads of a program: what one tensor core instruction multiplies
+
+
+def mla_decode(
+    q: Tensor, pages: Tensor, table: Tensor, lengths: Tensor, *, rank: int, scale: float, backend: str | None = None
+) -> Tensor:
+    """One new token's attention for every row.
+
+    Args:
+        q: (B, H, C + R) bfloat16: query times W_UK, then its rotated part. Contiguous.
+        pages: (P, S, C + R) bfloat16, contiguous; for the kernel S is 64, and C and R are powers of two from 16 on.
+        table: (B, pages a row) int32: the row's pages in order. lengths: (B,) int32: tokens that count, the new one
+            included. Not checked on the device.
+        rank: C. scale: of the scores.
+        backend: see `minids.kernels.backend`.
+
+    Returns:
+        (B, H, C) bfloat16, before W_UV. A row of length 0 gives zeros.
+
+    Raises:
+        TypeError, ValueError: with the value received, before anything is launched.
+    """
+    _check(q, pages, table, lengths, rank)
+    if choose(backend, q, pages, table, lengths) == "torch":
+        return reference(q, pages, table, lengths, rank, scale)
+    rope = q.shape[-1] - rank
+    if pages.shape[1] != 64 or min(rank, rope) < 16 or rank & (rank - 1) or rope & (rope - 1):
+        raise ValueError(
+            f"pages: got {pages.shape[1]} slots a page, C = {rank}, R = {rope}; expected 64 and powers of two from 16 on"
+        )
+    return torch.ops.minids.mla_decode(q, pages, table, lengths, rank, scale)
+
+
+def reference(q: Tensor, pages: Tensor, table: Tensor, lengths: Tensor, rank: int, scale: float) -> Tensor:
+    """The specification, in FP32."""
+    latent = pages[table.long()].flatten(1, 2).float()  # (B, tokens, C + R)
+    scores = scale * torch.einsum("bhc,bjc->bhj", q.float(), latent)
+    seen = torch.arange(latent.shape[1], device=q.device) < lengths[:, None]
+    weights = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1).nan_to_num(0.0)
+    latent = latent.masked_fill(~seen[..., None], 0.0)  # what lies in slots that do not count may be anything
+    return torch.einsum("bhj,bjc->bhc", weights, latent[..., :rank]).to(q.dtype)
+
+
+# ---- Triton ----
+
+
+@jit(varying=("H", "table_stride"))
+def _attend(q_ptr, c_desc, r_desc, table_ptr, lengths_ptr, out_ptr, sums_ptr, H, table_stride, scale,
+            C: tl.constexpr, R: tl.constexpr, BH: tl.constexpr, SPLITS: tl.constexpr):
+    """One program: BH heads of one row over its share of the pages. Scores are kept in powers of 2."""
+    row, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    head = tl.program_id(0) * BH + tl.arange(0, BH)
+    mask = head[:, None] < H
+    at = q_ptr + (row * H + head[:, None]) * (C + R)
+    q_c = tl.load(at + tl.arange(0, C)[None, :], mask=mask, other=0.0)
+    q_r = tl.load(at + C + tl.arange(0, R)[None, :], mask=mask, other=0.0)
+    length = tl.load(lengths_ptr + row)
+    n_pages = tl.cdiv(length, 64)
+    share = tl.cdiv(n_pages, SPLITS)
+    largest = tl.full((BH,), float("-inf"), tl.float32)
+    total = tl.zeros((BH,), tl.float32)
+    out = tl.zeros((BH, C), tl.float32)
+    for index in range(split * share, tl.minimum((split + 1) * share, n_pages)):
+        first = tl.load(table_ptr + row * table_stride + index) * 64
+        c = c_desc.load([first, 0])
+        r = r_desc.load([first, C])
+        scores = tl.dot(q_r, r.T, tl.dot(q_c, c.T)) * (scale * 1.4426950408889634)
+        scores = tl.where((index * 64 + tl.arange(0, 64) < length)[None, :], scores, float("-inf"))
+        higher = tl.maximum(largest, tl.max(scores, 1))  # a page of the loop has at least one token that counts
+        weights = tl.exp2(scores - higher[:, None])
+        shrink = tl.exp2(largest - higher)
+        total = total * shrink + tl.sum(weights, 1)
+        out = tl.dot(weights.to(tl.bfloat16), c, out * shrink[:, None])
+        largest = higher
+    out = tl.where(total[:, None] > 0, out / total[:, None], 0.0)
+    part = (row * SPLITS + split) * H + head
+    tl.store(out_ptr + part[:, None] * C + tl.arange(0, C)[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+    if SPLITS > 1:
+        tl.store(sums_ptr + part, tl.where(total > 0, largest + tl.log2(total), float("-inf")), mask=head < H)
+
+
+@jit(varying=("H",))
+def _join(parts_ptr, sums_ptr, out_ptr, H, C: tl.constexpr, SPLITS: tl.constexpr, SPLITS_POWER: tl.constexpr):
+    """One program: the parts of one head of one row."""
+    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    split = tl.arange(0, SPLITS_POWER)
+    part = (row * SPLITS + split) * H + head
+    sums = tl.load(sums_ptr + part, mask=split < SPLITS, other=float("-inf"))
+    top = tl.max(sums, 0)
+    weights = tl.where(sums == float("-inf"), 0.0, tl.exp2(sums - top))
+    weights = weights / tl.maximum(tl.sum(weights, 0), 1e-30)
+    at = parts_ptr + part[:, None] * C + tl.arange(0, C)[None, :]
+    parts = tl.load(at, mask=(split < SPLITS)[:, None], other=0.0)
+    out = tl.sum(parts * weights[:, None], 0)
+    tl.store(out_ptr + (row * H + head) * C + tl.arange(0, C), out.to(tl.bfloat16))
+
+
+def splits_for(rows: int, heads: int, pages: int, processors: int) -> int:
+    """Programs a row's pages are divided among: enough to fill the device, none for less than two pages."""
+    wanted = cdiv(processors, rows * cdiv(heads, HEADS))
+    return max(1, min(wanted, cdiv(pages, 2), 64))
+
+
+@torch.library.custom_op("minids::mla_decode", mutates_args=())
+def _mla_decode(q: Tensor, pages: Tensor, table: Tensor, lengths: Tensor, rank: int, scale: float) -> Tensor:
+    (b, h, d), out = q.shape, q.new_empty((*q.shape[:2], rank))
+    if out.numel() == 0:
+        return out
+    check_rows("pages", pages)
+    splits = splits_for(b, h, table.shape[1], multiprocessors(q.device))
+    parts = out if splits == 1 else q.new_empty((b, splits, h, rank), dtype=torch.float32)
+    sums = parts if splits == 1 else q.new_empty((b, splits, h), dtype=torch.float32)
+    latent = pages.flatten(0, 1)
+    _attend[(cdiv(h, HEADS), b, splits)](
+        q, TensorDescriptor.from_tensor(latent, [64, rank]), TensorDescriptor.from_tensor(latent, [64, d - rank]), table,
+        lengths, parts, sums, h, table.stride(0), scale, rank, d - rank, HEADS, splits, num_warps=8, num_stages=2,
+    )  # fmt: skip
+    if splits > 1:
+        _join[(h, b)](parts, sums, out, h, rank, splits, 1 << (splits - 1).bit_length(), num_warps=4)
+    return out
+
+
+@_mla_decode.register_fake
+def _(q, pages, table, lengths, rank, scale):
+    return q.new_empty((q.shape[0], q.shape[1], rank))
+
+
+def _check(q: Tensor, pages: Tensor, table: Tensor, lengths: Tensor, rank: int) -> None:
+    check("q", q, ndim=3, dtype=BF16)
+    check("pages", pages, ndim=3, dtype=BF16)
+    check("table", table, ndim=2, dtype=torch.int32)
+    check("lengths", lengths, ndim=1, dtype=torch.int32)
+    b, _, d = q.shape
+    if not 0 < rank < d or pages.shape[-1] != d:
+        raise ValueError(
+            f"rank, q, pages: got {rank}, {tuple(q.shape)}, {tuple(pages.shape)}, expected (B, H, C + R) and (P, S, C + R) "
+            "with C = rank > 0 and R > 0"
+        )
+    check_shape("lengths", lengths, (b,))
+    check_shape("table", table, (b, table.shape[1]))
+    for name, t in (("q", q), ("pages", pages), ("table", table), ("lengths", lengths)):
+        if not t.is_contiguous():
+            raise ValueError(f"{name}: got strides {t.stride()} for shape {tuple(t.shape)}, expected a contiguous tensor")
