@@ -80,7 +80,6 @@ def _obstacle(device: torch.device) -> str | None:
     return f"got tensors on {device}, expected a CUDA device (or the CPU with TRITON_INTERPRET=1 set before the start)"
 
 
-@cache
 def capability(device: torch.device) -> tuple[int, int]:
     """The device's compute capability; (0, 0) for the CPU."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
