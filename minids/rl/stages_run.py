@@ -66,10 +66,10 @@ class DistillRunConfig(_Folder):
 def run_r1(config: R1RunConfig) -> dict:
     """Runs what is missing; returns the figures of every stage."""
     out, stages = config.out or Path("runs/r1"), config.stages.seeded(config.seed)
-    base, plain = out / "base", dataclasses.replace(stages, language_weight=0.0)
+    base = out / "base"
     todo: list[Stage] = [("base", lambda to, note: r1.make_base(to, stages, config.seed, note), stages.base.steps)]
     if config.zero:
-        todo.append(("zero", lambda to, note: r1.reasoning_rl(base, to, plain, note), stages.reasoning.steps))
+        todo.append(("zero", lambda to, note: r1.zero_rl(base, to, stages, note), stages.zero.steps))
     todo += [
         ("cold", lambda to, note: r1.cold_start(base, to, stages, note), stages.cold.steps),
         ("reasoner", lambda to, note: r1.reasoning_rl(out / "cold", to, stages, note), stages.reasoning.steps),
