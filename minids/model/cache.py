@@ -60,9 +60,9 @@ class Slots:
     def place_mtp(self, depth: int, start_B: Tensor, length: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
         """The same for MTP depth ``depth`` and the tokens in slots ``start[b]`` ... ``start[b] + length - 1``, all of them
         below ``end``. A slot below ``depth`` has no entry: it sees itself alone, so that no row of scores is empty."""
-        slots_BT = start_B.unsqueeze(1) + torch.arange(length, device=start_B.device)
-        self.end = end
-        key_S, query_BT1 = torch.arange(end, device=start_B.device), slots_BT.unsqueeze(-1)
+        self.end, key_S = end, torch.arange(max(end, length), device=start_B.device)
+        slots_BT = start_B.unsqueeze(1) + key_S[:length]
+        key_S, query_BT1 = key_S[:end], slots_BT.unsqueeze(-1)
         seen = ((key_S >= depth) & (key_S <= query_BT1)) | (key_S == query_BT1)
         return slots_BT, self.rope[0, (slots_BT - depth).clamp(0, self.capacity - 1)], seen.unsqueeze(1)
 

@@ -7,8 +7,8 @@ memory, at 7 GB/s where a batch of products with the same bytes reaches 14. So W
     [y_1; ...; y_PARTS] = [W_1 x; ...; W_PARTS x],
 
 which is a batch of PARTS small products; y is the same but for rounding. For two to FEW tokens, as when drafts are
-verified, one product is quick, but only when it is written W x^T; x W^T takes twice the time. FP32 only: half precision
-goes to another library.
+verified, one product is quick, but only when it is written W x^T; x W^T takes twice the time and more if W comes from
+memory. FP32 only: half precision goes to another library.
 
 Shapes: N tokens, D inputs, F outputs.
 """
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 PARTS = 8
 FEW = 4
+LARGE = 1 << 15  # numbers of a weight from which reading it is most of a product for two to FEW tokens
 
 
 class Linear(nn.Linear):
@@ -37,7 +38,7 @@ def few_linear(x: Tensor, weight_FD: Tensor) -> Tensor:
     tokens = x.numel() // weight_FD.shape[1]
     if tokens == 1:
         return one_token(x, weight_FD)
-    if tokens > FEW or tokens == 0 or weight_FD.dtype != x.dtype:
+    if not 0 < tokens <= FEW or weight_FD.numel() < LARGE or weight_FD.dtype != x.dtype:
         return F.linear(x, weight_FD)
     return torch.mm(weight_FD, x.reshape(tokens, -1).t()).t().contiguous().view(*x.shape[:-1], -1)
 
