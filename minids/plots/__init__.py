@@ -45,6 +45,7 @@ from minids.plots.pretraining import (
     spike_watch,
     training_run,
 )
+from minids.plots.rl import clip_shapes, kl_pull, length_bias, live_run, pass_at_k, switches, zero_seeds
 from minids.plots.rope import distance_profile, loss_by_position, needle_maps, rotation_dials, wavelength_chart
 from minids.plots.router import bias_at_work, collapse, counting_mistakes, routing_steps, strategy_loads, wire_times
 from minids.plots.speculation import draft_slots, drafted_text, rejection_rule, speculation_gain, tokens_per_step
@@ -61,6 +62,7 @@ __all__ = [
     "cheaper_form",
     "cheaper_map",
     "chunk_overlap",
+    "clip_shapes",
     "collapse",
     "compute_or_read",
     "cost_bars",
@@ -79,7 +81,10 @@ __all__ = [
     "gamma_sweep",
     "gpu_load_bars",
     "gradient_ranges",
+    "kl_pull",
     "landing",
+    "length_bias",
+    "live_run",
     "loss_by_kind",
     "loss_by_position",
     "loss_curve",
@@ -98,6 +103,7 @@ __all__ = [
     "page_table",
     "parameter_squares",
     "pareto",
+    "pass_at_k",
     "recall_by_cache",
     "recipe_phases",
     "rejection_rule",
@@ -117,6 +123,7 @@ __all__ = [
     "spike_watch",
     "step_parts",
     "strategy_loads",
+    "switches",
     "system_map",
     "three_products",
     "tokens_per_step",
@@ -125,4 +132,5 @@ __all__ = [
     "wavelength_chart",
     "wire_times",
     "with_and_without",
+    "zero_seeds",
 ]
