@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 MAX_SEED = 2**63 - 1
-HEAD = 256  # most probable tokens among which a nucleus is looked for first
+HEAD = 2048  # most probable tokens among which a nucleus is looked for first
 
 
 def check_sampling(temperature: float, top_p: float) -> None:
