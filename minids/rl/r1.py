@@ -69,9 +69,11 @@ class R1Config:
     """The last steps of stage 4, with preference rewards (400)."""
     preference_pairs: int = 2000
     """Labelled pairs for each reward model (66k helpfulness pairs)."""
+    judge_steps: int = 250
+    """Steps of 32 pairs in which a reward model learns."""
 
     def __post_init__(self) -> None:
-        for name in ("cold_examples", "rejection_problems", "rejection_group", "preference_pairs"):
+        for name in ("cold_examples", "rejection_problems", "rejection_group", "preference_pairs", "judge_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: must be at least 1")
         if not 0 <= self.preference_steps <= self.everything.steps:
@@ -194,7 +196,8 @@ def reward_models(base: Path, config: R1Config) -> dict[str, RewardModel]:
     seed, found = config.everything.seed, {}
     for name, view in (("helpful", summary_of), ("harmless", str)):
         found[name] = RewardModel(model, tokenizer, view)
-        found[name].fit(pairs(Random(f"{name} {seed}"), config.preference_pairs, name), steps=250, seed=seed)
+        found[name].fit(pairs(Random(f"{name} {seed}"), config.preference_pairs, name), steps=config.judge_steps,
+                        seed=seed)  # fmt: skip
         found[name].agreed = found[name].agreement(pairs(Random(f"{name} {seed} test"), 300, name))
     return found
 
