@@ -113,10 +113,9 @@ def attend_few(mla: MLA, x_BTD: Tensor, rope: Tensor, mask: Tensor | None, cache
     rotate_(joint, rank, rope)
     latent = cache.write(layer, positions, joint[:, :, heads])
     scores = torch.bmm(joint[:, :, :heads].reshape(b, t * heads, -1), latent.transpose(1, 2))
-    scores_BThS = scores.view(b, t, heads, -1)
     if mask is not None:
-        scores_BThS.masked_fill_(~mask.transpose(1, 2), -torch.inf)  # (B, 1, T, S) -> (B, T, 1, S)
+        scores.view(b, t, heads, -1).masked_fill_(~mask.transpose(1, 2), -torch.inf)  # (B, 1, T, S) -> (B, T, 1, S)
     for i in range(t - 1 if mask is None else 0):  # causal: the i-th does not see the t - 1 - i behind it
-        scores_BThS[:, i, :, i + 1 - t :] = -torch.inf
+        scores.view(b, t, heads, -1)[:, i, :, i + 1 - t :] = -torch.inf
     out = torch.bmm(scores.softmax(-1), latent[..., :rank])
     return few_linear(out.view(b * t, -1), fold.out).view(b, t, d)

@@ -29,8 +29,9 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        few = x.numel() <= FEW * self.in_features and not torch.is_grad_enabled() and x.is_cpu
-        return few_linear(x, self.weight) if few and x.dtype == torch.float32 else F.linear(x, self.weight)
+        if x.numel() > FEW * self.in_features or torch.is_grad_enabled() or not x.is_cpu or x.dtype != torch.float32:
+            return F.linear(x, self.weight)
+        return one_token(x, self.weight) if x.numel() == self.in_features else few_linear(x, self.weight)
 
 
 def few_linear(x: Tensor, weight_FD: Tensor) -> Tensor:
