@@ -1,7 +1,9 @@
 """Pipelines executed: is every schedule one process's step, and does a step take the time that the simulator says?
 
-    torchrun --nproc-per-node 4 -m minids.bench.pipeline --device cuda --out FILE.json     # NCCL, a GPU a process
-    python -m minids.bench pipeline                                                        # starts 4 gloo processes itself
+    torchrun --nproc-per-node 4 -m minids.bench.pipeline --device cuda --out FILE.json     # 4 GPUs, NCCL, a GPU a process
+    torchrun --nproc-per-node 2 -m minids.bench.pipeline --device cuda --out FILE.json     # 2 GPUs
+    torchrun --nproc-per-node 4 -m minids.bench.pipeline --rounds 1                        # no GPU: gloo
+    python -m minids.bench pipeline                                                        # starts 4 processes itself
 
 First the comparison of minids.pipeline.check, for every schedule. Then step times of a larger model, the same layers for
 all schedules: each rank times F, B, I and W of its own stages alone, these times (one a stage) go into Schedule.simulate,
@@ -13,6 +15,7 @@ ranks the ranks take turns, and the prediction for free ranks must fall short.
 """
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -32,7 +35,7 @@ from minids.bench.common import Report, environment, synchronize
 from minids.config import ModelConfig
 from minids.pipeline.check import compare, tiny_config
 from minids.pipeline.launch import device_of, initialise
-from minids.pipeline.runtime import Pipeline, Placement
+from minids.pipeline.runtime import Pipeline, Placement, transfer
 from minids.pipeline.schedules import NAMES
 from minids.pipeline.torch_engine import DirectedStage, Engine
 from minids.train.settings import TrainConfig
@@ -107,8 +110,8 @@ def hop_seconds(hidden: Tensor, rounds: int = 10) -> float:
         dist.barrier()
         if rank < 2:
             def trip() -> None:
-                (dist.send if rank == 0 else dist.recv)(hidden, 1 - rank)
-                (dist.recv if rank == 0 else dist.send)(hidden, 1 - rank)
+                transfer(dist.isend if rank == 0 else dist.irecv, hidden, 1 - rank)
+                transfer(dist.irecv if rank == 0 else dist.isend, hidden, 1 - rank)
             taken.append(timed(trip) / 2)
     found = torch.tensor([median(taken[2:]) if taken else 0.0], dtype=torch.float64, device=hidden.device)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
@@ -132,7 +135,7 @@ def step_times(name: str, device: torch.device, rounds: int) -> dict:
         engine.run = lambda: steps.append(timed(run))  # the list of actions alone; around it labels, loads, reductions
         dist.barrier()
         whole.append(timed(lambda: pipeline.compute_gradients(tokens, ids, 0.3, MICRO_BATCHES)))
-    engine.run = run
+    del engine.run  # the class's own again
     measured = torch.tensor([steps, whole], dtype=torch.float64, device=device)
     dist.all_reduce(measured, op=dist.ReduceOp.MAX)  # a step is over when the last rank is
     times = all_stage_times(pipeline, engine, rounds)
@@ -162,6 +165,7 @@ def work(device: torch.device, rounds: int, out: Path | None) -> dict:
         found["schedules"][name] = entry
         found["seconds"] = time.perf_counter() - started
         if device.type == "cuda":
+            gc.collect()  # engine and stages point at each other: the last schedule's model and buffers are still there
             torch.cuda.empty_cache()
         if rank == 0:
             print(f"{name:<16}  gradients {equal.gradient:.1e}, next loss {equal.next_loss:.1e}; step "

@@ -23,6 +23,7 @@ parallelism changes the inside of a stage alone (see stages.py).
 Shapes: B rows, T tokens, L MoE layers, E experts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,6 +98,13 @@ def choose_micro_batches(config: TrainConfig, ranks: int, rows: int) -> int:
         f"a global batch of {rows} sequences cannot be cut into micro-batches of equal size for {name} on {ranks} ranks: "
         f"allowed is a multiple of {2 * ranks}, as in --recipe.batch {4 * ranks} --recipe.batch-start {2 * ranks}"
         f" (micro_batch={config.micro_batch} sequences at most)")  # fmt: skip
+
+
+def transfer(operation: Callable, tensor: Tensor, peer: int, group: dist.ProcessGroup | None = None) -> None:
+    """One tensor to (``dist.isend``) or from (``dist.irecv``) the global rank ``peer``, as a batch like the engine's. NCCL
+    would give a lone message a communicator of its own, or put it in line with the group's collectives and warn."""
+    for work in dist.batch_isend_irecv([dist.P2POp(operation, tensor, peer, group)]):
+        work.wait()
 
 
 class PipelineOptimizer(Optimizer):
@@ -219,6 +227,7 @@ class Pipeline:
                 master = self.optimizer.masters[name]
                 if master.grad is None:
                     master.grad = torch.zeros_like(master)
+                master.grad = master.grad.contiguous()  # W leaves products as they came; NCCL adds dense tensors alone
                 works.append(dist.all_reduce(master.grad, group=group, async_op=True))
             for work in works:
                 work.wait()
@@ -273,9 +282,9 @@ class Pipeline:
             if self.rank == owner == 0:
                 found[name] = tensors[name].detach().to("cpu", copy=True)
             elif self.rank == owner:
-                dist.send(tensors[name].detach().contiguous(), dst=dist.get_global_rank(world, 0), group=self.group)
+                transfer(dist.isend, tensors[name].detach().contiguous(), dist.get_global_rank(world, 0), self.group)
             elif self.rank == 0:
                 value = torch.empty(wanted.shape, dtype=wanted.dtype, device=self.device)
-                dist.recv(value, src=dist.get_global_rank(world, owner), group=self.group)
+                transfer(dist.irecv, value, dist.get_global_rank(world, owner), self.group)
                 found[name] = value.cpu()
         return found if self.rank == 0 else None

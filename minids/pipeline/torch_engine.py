@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.pipelining.schedules import _Action, _ComputationType, _PipelineScheduleRuntime
 
@@ -49,6 +50,7 @@ class DirectedStage(PipelineStage):
         self.period = period
         super().__init__(module, index, count, device, input_args=inputs, output_args=outputs, group=group)
         self.after_gradients = after_gradients
+        self.kept_graphs: dict[int, list[GradientEdge]] = {}  # micro-batches between their I and their W
 
     @property
     def is_first(self) -> bool:
@@ -61,10 +63,17 @@ class DirectedStage(PipelineStage):
     def forward_one_chunk(self, fwd_chunk_id, args, kwargs=None, **options):
         self.submod.current = fwd_chunk_id
         args = (self.submod.feed[fwd_chunk_id].tokens,) if self.is_first else args
-        return super().forward_one_chunk(fwd_chunk_id, args, kwargs, **options)
+        # Not None: torch 2.11 compares a first stage's inputs with its metadata, and asks how many kwargs there are.
+        return super().forward_one_chunk(fwd_chunk_id, args, kwargs or {}, **options)
 
     def backward_one_chunk(self, bwd_chunk_id, loss=None, full_backward=True, last_backward=False):
         full_backward = full_backward or not self.submod.splits
+        if not full_backward and not self.is_first:
+            # I cuts the graph off its output, and W starts at nodes inside. In torch 2.11 a node of a Python
+            # autograd.Function (the losses, norms) is owned by the nodes above it alone: what torch's split holds of it
+            # would be an empty shell by then. An edge at the output owns all that is below, in any version.
+            outputs = [loss] if self.is_last else self.fwd_cache[bwd_chunk_id][0]
+            self.kept_graphs[bwd_chunk_id] = [get_gradient_edge(t) for t in outputs if t.requires_grad]
         super().backward_one_chunk(bwd_chunk_id, loss=loss, full_backward=full_backward, last_backward=last_backward)
         if full_backward:
             self.after_gradients()
@@ -81,7 +90,12 @@ class DirectedStage(PipelineStage):
             self.backward_maybe_with_nosync("full", values, last_backward=last_backward)
         else:
             super().backward_weight_one_chunk(bwd_chunk_id, last_backward=last_backward)
+            self.kept_graphs.pop(bwd_chunk_id, None)
         self.after_gradients()
+
+    def clear_runtime_states(self):
+        super().clear_runtime_states()
+        self.kept_graphs.clear()
 
     def _get_init_p2p_neighbors_ops(self):
         # Before torch 2.13: a first message to each neighbour. One on the same rank needs none, and gloo refuses it.

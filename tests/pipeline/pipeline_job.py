@@ -7,10 +7,11 @@ from dataclasses import asdict
 
 import torch
 
+from minids.bench.pipeline import all_stage_times
 from minids.pipeline import runtime
-from minids.pipeline.check import compare, tiny_config
+from minids.pipeline.check import LENGTH, batches, compare, tiny_config, train_config
 from minids.pipeline.launch import start_local
-from minids.pipeline.runtime import Pipeline
+from minids.pipeline.runtime import Pipeline, Placement
 from minids.pipeline.schedules import NAMES
 from minids.pipeline.stages import MicroBatch
 from minids.pipeline.torch_engine import forward_then_backward
@@ -65,6 +66,19 @@ def broken() -> list[tuple[str, str, object, str, object]]:
     ]
 
 
+def stages_alone(name: str) -> dict:
+    """Times each stage's F, B, I and W outside of a schedule, as the benchmark does; in the order, I then W, of ZB1P."""
+    config = train_config(name, CPU)
+    torch.manual_seed(0)
+    pipeline = Pipeline(Placement.plan(config, tiny_config(LAYERS.get(name, 4)), 4), config, CPU)
+    pipeline.compute_gradients(*batches(0, 97)[0], 0.3, 8)
+    engine = pipeline.engine(8, 1, LENGTH)
+    kept = sum(len(stage.kept_graphs) for stage in engine._stages)
+    times = all_stage_times(pipeline, engine, 1)
+    return {"case": f"stages of {name} alone", "times": times,
+            "kept": kept + sum(len(stage.kept_graphs) for stage in engine._stages)}  # fmt: skip
+
+
 def work(rank: int, out: str) -> None:
     results = []
 
@@ -82,6 +96,7 @@ def work(rank: int, out: str) -> None:
         setattr(target, name, value)
         run(case, schedule, {}, {})
         setattr(target, name, kept)
+    results.extend(stages_alone(name) for name in ("zb1p", "dualpipe_v"))
     if rank == 0:
         with open(out, "w") as file:
             json.dump(results, file)

@@ -58,6 +58,14 @@ def test_an_overlapped_pair_may_have_a_body_of_its_own(results):
     assert results["own pair"]["pairs"] > 0
 
 
+@pytest.mark.parametrize("schedule, stages", [("zb1p", 4), ("dualpipe_v", 8)])
+def test_stages_run_alone_and_keep_no_graph_behind_their_weight_backward(results, schedule, stages):
+    found = results[f"stages of {schedule} alone"]
+    assert found["kept"] == 0
+    assert all(len(found["times"][kind]) == stages for kind in "FBIW")
+    assert all(seconds > 0 for kind in "FBW" for seconds in found["times"][kind])
+
+
 # (case, what must differ, by how much at least): the comparison would see these mistakes.
 BROKEN = [
     ("micro-batches weighed alike", "gradient", 0.01),
