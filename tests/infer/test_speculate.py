@@ -143,6 +143,19 @@ def test_the_callback_sees_each_token_and_can_end_its_row(small):
     assert generate(model, [[1, 2], [3]], NEW, on_token=stop_at_seven) == rows
 
 
+def test_half_precision_speculates_in_its_own_cache(small):
+    """BF16 may round to other tokens; it must run, fill every row, and accept as often as float64 does, about."""
+    model = small.trained("groups_yarn")
+    half = small.random("groups_yarn").to(torch.bfloat16)
+    half.load_state_dict(model.state_dict())
+    prompts, found = random_prompts(20, 12, small.vocab, seed=6), {}
+    for name, each in (("float64", model), ("bfloat16", half)):
+        found[name] = SpeculationStats()
+        rows = generate(each, prompts, NEW, speculate=True, stats=found[name])
+        assert [len(row) for row in rows] == [NEW] * 20 and all(0 <= token < small.vocab for row in rows for token in row)
+    assert abs(found["bfloat16"].acceptance[0] - found["float64"].acceptance[0]) < 0.15
+
+
 @pytest.mark.parametrize(("value", "error", "message"), [
     (3, ValueError, "speculate=3: allowed is 0 to 2, one draft for each of this model's 2 MTP modules"),
     (-1, ValueError, "speculate=-1: allowed is 0 to 2"),
