@@ -11,7 +11,7 @@ G answers to the same question and compares them with each other:
 The minimum is pessimistic for both signs: it stops rewarding a ratio that has grown enough (A > 0, rho > 1 + eps) or shrunk
 enough (A < 0, rho < 1 - eps), and never hides a ratio that went the wrong way (A = -1, rho = 2 costs 2, not 1 + eps). KL_t
 is never negative, its mean over the policy's own samples is KL(pi || pi_ref), and its gradient at pi = pi_ref is zero.
-Before the first update rho = 1 and the loss, apart from KL, is minus the mean advantage: zero. Its gradient is not.
+Before the first update rho = 1, and the loss above, apart from KL, is minus the mean advantage: zero. Its gradient is not.
 
 What others changed, one switch each:
 
