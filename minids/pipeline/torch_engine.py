@@ -12,7 +12,9 @@ At the seam between S-1 and S nothing may pass. ``DirectedStage`` therefore coun
 drops the local hand-over there, and keeps losses by stage and micro-batch. Micro-batches are numbered within a direction.
 Stages get static metadata: torch would otherwise run one extra forward to find shapes, which the load counters would see.
 
-Works with torch 2.11 to 2.13; where they differ the feature is looked for, not the version.
+Works with torch 2.11 to 2.13; where they differ the feature is looked for, not the version. The W of 2.11 is right only for
+weights that enter at nodes with one output, and not twice one behind the other: true of this model, but for what
+``submod.splits`` (stages.py) leaves out.
 """
 
 import inspect
