@@ -1,7 +1,8 @@
 """Rollouts: G answers to each of Q questions, sampled over the latent cache, with the probability of every token.
 
 The problem is time: in RL most of it goes into sampling. So each question is read once and its cache copied for its G
-answers; all answers decode as one batch; finished ones are dropped and the batch closes up (``infer.generate.decode``).
+answers; all answers decode as one batch; finished ones are dropped and the batch closes up. Nothing of a step is done row
+by row in Python: with thousands of rows that would cost more than the forward pass.
 
 The log-probabilities recorded here are those of the distribution that was sampled from, temperature included. Scored
 again by the trainer's forward pass (``score``) they agree to rounding: a test holds them to 1e-5, and a policy whose ratio
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minids.infer.generate import check_prompts, decode, prefill
+from minids.infer.generate import check_prompts, prefill
 from minids.infer.sampling import check_finite, draw
 from minids.model.transformer import Transformer
 from minids.rl.grpo import token_logprobs
@@ -49,52 +50,68 @@ def rollout(model: Transformer, prompts: Sequence[Sequence[int]], group: int, ma
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature = {temperature!r}: must be finite and above 0; a greedy answer has no probability")
     model.eval()
-    n = len(prompts) * group
-    answers: list[list[int]] = [[] for _ in range(n)]
-    logps: list[list[float]] = [[] for _ in range(n)]
-    entropies: list[list[float]] = [[] for _ in range(n)]
-    pending: dict[int, tuple[float, float]] = {}
-
-    def choose(logits_BV: Tensor, rows: list[int]) -> Tensor:
-        log_probs_BV = (logits_BV.float() / temperature).log_softmax(-1)
-        probs_BV = log_probs_BV.exp()
-        uniforms_B = torch.rand(len(rows), generator=generator, dtype=torch.float64)
-        tokens_B = draw(probs_BV, uniforms_B)
-        chosen_B = log_probs_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1)
-        entropy_B = -(probs_BV * log_probs_BV.nan_to_num(neginf=0.0)).sum(-1)
-        pending.update(zip(rows, zip(chosen_B.tolist(), entropy_B.tolist(), strict=True), strict=True))
-        return tokens_B
-
-    def emit(row: int, token: int) -> bool:
-        answers[row].append(token)
-        logps[row].append(pending[row][0])
-        entropies[row].append(pending[row][1])
-        return token == eos_id or len(answers[row]) == max_new_tokens
-
     with torch.inference_mode():
         logits_QV, cache = prefill(model, prompts, max_new_tokens)
-        check_finite(logits_QV, "after the prompts")
         question_B = torch.arange(len(prompts), device=logits_QV.device).repeat_interleave(group)
         cache.select(question_B)
-        tokens_B = choose(logits_QV[question_B], list(range(n)))
-        done = [emit(row, token) for row, token in enumerate(tokens_B.tolist())]
-        decode(model, cache, tokens_B, done, choose, emit)
-    repeated = [prompt for prompt in prompts for _ in range(group)]
-    flat = [value for row in entropies for value in row]
-    return _padded(repeated, answers, logps, sum(flat) / len(flat), logits_QV.device)
+        drawn = Drawn(len(question_B), max_new_tokens, logits_QV.device)
+        logits_BV, rows_B = logits_QV[question_B], torch.arange(len(question_B), device=logits_QV.device)
+        for step in range(max_new_tokens):
+            check_finite(logits_BV, f"at new token {step}")
+            tokens_B = drawn.draw(logits_BV, rows_B, step, temperature, generator)
+            ended_B = drawn.end(tokens_B, rows_B, step, eos_id)
+            going = (~ended_B).nonzero().squeeze(1)
+            if len(going) == 0 or step == max_new_tokens - 1:
+                break
+            if 2 * len(going) <= len(rows_B):  # each copy of the cache is at most half the one before
+                cache.select(going)
+                rows_B, tokens_B = rows_B[going], tokens_B[going]
+            logits_BV = model(tokens_B.unsqueeze(1), cache=cache, last_only=True).logits[:, 0]
+    return drawn.padded([prompt for prompt in prompts for _ in range(group)])
 
 
-def _padded(prompts: list, answers: list, logps: list, entropy: float, device) -> Rollout:
-    width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-    tokens_BT = torch.zeros(len(answers), width, dtype=torch.int64)
-    mask_BT = torch.zeros(len(answers), width - 1, dtype=torch.bool)
-    logp_BT = torch.zeros(len(answers), width - 1)
-    for row, (prompt, answer, logp) in enumerate(zip(prompts, answers, logps, strict=True)):
-        start, end = len(prompt), len(prompt) + len(answer)
-        tokens_BT[row, :end] = torch.tensor([*prompt, *answer])
-        mask_BT[row, start - 1 : end - 1] = True
-        logp_BT[row, start - 1 : end - 1] = torch.tensor(logp)
-    return Rollout(tokens_BT.to(device), mask_BT.to(device), logp_BT.to(device), answers, entropy)
+class Drawn:
+    """What was drawn so far, a row an answer: tokens, log-probabilities and entropies (B, N), and lengths (B,)."""
+
+    def __init__(self, rows: int, steps: int, device):
+        self.tokens_BN = torch.zeros(rows, steps, dtype=torch.int64, device=device)
+        self.logp_BN, self.entropy_BN = torch.zeros(2, rows, steps, device=device)
+        self.length_B = torch.full((rows,), steps, device=device)
+
+    def draw(self, logits_BV: Tensor, rows_B: Tensor, step: int, temperature: float,
+             generator: torch.Generator | None) -> Tensor:  # fmt: skip
+        """The next token of each of ``rows``; those that have ended already draw too, and nobody reads it."""
+        log_probs_BV = (logits_BV.float() / temperature).log_softmax(-1)
+        probs_BV = log_probs_BV.exp()
+        uniforms_B = torch.rand(len(rows_B), generator=generator, dtype=torch.float64)
+        tokens_B = draw(probs_BV, uniforms_B)
+        self.tokens_BN[rows_B, step] = tokens_B
+        self.logp_BN[rows_B, step] = log_probs_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1)
+        self.entropy_BN[rows_B, step] = -(probs_BV * log_probs_BV.nan_to_num(neginf=0.0)).sum(-1)
+        return tokens_B
+
+    def end(self, tokens_B: Tensor, rows_B: Tensor, step: int, eos_id: int) -> Tensor:
+        """Marks the rows that end here; which of ``rows`` have ended by now, (B,) bool."""
+        before_B = self.length_B[rows_B]
+        after_B = torch.where(tokens_B == eos_id, before_B.clamp_max(step + 1), before_B)
+        self.length_B[rows_B] = after_B
+        return after_B <= step + 1
+
+    def padded(self, prompts: list[list[int]]) -> Rollout:
+        """All of it as a Rollout."""
+        lengths, tokens, device = self.length_B.tolist(), self.tokens_BN.tolist(), self.tokens_BN.device
+        answers = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+        counted_BN = torch.arange(self.tokens_BN.shape[1], device=device) < self.length_B.unsqueeze(1)
+        width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+        tokens_BT = torch.tensor([[*p, *a, *[0] * (width - len(p) - len(a))]
+                                  for p, a in zip(prompts, answers, strict=True)])  # fmt: skip
+        place_T = torch.arange(1, width)
+        start_B1 = torch.tensor([len(p) for p in prompts]).unsqueeze(1)
+        mask_BT = (place_T >= start_B1) & (place_T < start_B1 + torch.tensor(lengths).unsqueeze(1))
+        mask_BT = mask_BT.to(device)
+        logp_BT = torch.zeros(mask_BT.shape, device=device).masked_scatter_(mask_BT, self.logp_BN[counted_BN])
+        entropy = float(self.entropy_BN[counted_BN].mean())
+        return Rollout(tokens_BT.to(device), mask_BT, logp_BT, answers, entropy)
 
 
 def score(model: Transformer, tokens_BT: Tensor, temperature: float = 1.0) -> tuple[Tensor, list]:
