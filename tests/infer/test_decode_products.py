@@ -36,7 +36,8 @@ def test_a_few_tokens_are_a_product_with_few_columns(rows, columns, shape):
         patch.setattr(linear, "LARGE", 0)
         got = few_linear(x, weight)
     assert got.shape == (*shape, rows) and got.is_contiguous()
-    torch.testing.assert_close(got.double(), x.double() @ weight.double().t(), **SMALL)
+    exact, size = x.double() @ weight.double().t(), x.double().abs() @ weight.double().abs().t()
+    assert ((got.double() - exact).abs() <= columns * 2**-24 * size).all()  # of a sum of so many FP32 products, any order
 
 
 def test_a_linear_layer_trains_and_takes_the_short_way_only_in_inference(monkeypatch):

@@ -48,8 +48,10 @@ def test_equals_counting(seed, n, k, drop, batches):
             worst.append(max(load) / (n * k / 8) - 1)
             total = [a + b for a, b in zip(total, load, strict=True)]
         assert found["load"][layer] == total
-        assert found["max_violation_batch"][layer] == pytest.approx(sum(worst) / batches, rel=1e-5)
-        assert found["max_violation_global"][layer] == pytest.approx(max(total) / (n * k * batches / 8) - 1, rel=1e-5)
+        # max / mean, at most 8, is rounded in FP32 before 1 is taken off: 0 may come out as 2^-21.
+        violation = max(total) / (n * k * batches / 8) - 1
+        assert found["max_violation_batch"][layer] == pytest.approx(sum(worst) / batches, rel=1e-5, abs=2**-21)
+        assert found["max_violation_global"][layer] == pytest.approx(violation, rel=1e-5, abs=2**-21)
         assert found["nodes_per_token"][layer] == pytest.approx(reached / (n * batches))
         assert found["experts_per_token"][layer] == pytest.approx(sum(total) / (n * batches))
         assert found["dropped"][layer] == dropped
