@@ -77,8 +77,8 @@ def test_equals_the_definition(n, k, kind, seed, size, tile):
 )  # fmt: skip
 @settings(max_examples=40)
 def test_error_bound(n, k, kind, seed, dtype):
-    """Half a unit in the last place: relative above the smallest normal number, absolute below; and FP32's rounding of x / s,
-    2^-24 of x, which can carry a number over a tie, and as much of s itself."""
+    """Half a unit in the last place: relative above the smallest normal number, absolute below; and FP32's rounding of
+    x / s, 2^-24 of x, which can carry a number over a tie, and as much of s itself."""
     name, scale = kind
     fmt = FORMATS[name]
     x = spread((n, k), seed).to(dtype)
