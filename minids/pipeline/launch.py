@@ -35,6 +35,7 @@ class Watch:
     def __init__(self, rank: int, ranks: int, host: str, port: int, patience: float = PATIENCE):
         self.rank, self.ranks, self.patience, self.word = rank, ranks, patience, "alive"
         self.store = dist.TCPStore(host, port, None, False, timedelta(seconds=30))  # a connection of its own
+        self._tell(f"minids/sign/{rank}", "alive")  # at once: a rank may die in its first second
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
