@@ -1,32 +1,20 @@
 """The checks of notebook 13's exercises: silent on stubs, right answers pass, the usual mistakes are named."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from exercises import Lesson
 
 from minids.rl.tasks import LANGUAGES
 
-NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "13_r1_pipeline.ipynb"
-STUBS = {"1": "my_language", "2": "my_judge_loss", "3": "my_yield"}
 
-
-def checks():
-    """({exercise number: source of its check}, source of ``grade``). The exercises need nothing else of the lesson."""
-    cells = ["".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
-             if cell["cell_type"] == "code"]  # fmt: skip
-    found = {number: next(cell for cell in cells if f'grade("exercise {number}"' in cell) for number in STUBS}
-    return found, next(cell for cell in cells if "def grade(" in cell)
-
-
-def attempt(number, answer):
-    found, grade = checks()
-    space = {"torch": torch, "F": F, "LANGUAGES": LANGUAGES}
-    exec(compile(grade, "grade", "exec"), space)
-    exec(compile(found[number], f"exercise {number}", "exec"), {**space, STUBS[number]: answer})
+@pytest.fixture(scope="module")
+def lesson():
+    """The exercises need nothing of the lesson."""
+    return Lesson("13_r1_pipeline", {"1": "my_language", "2": "my_judge_loss", "3": "my_yield"}, needed=(),
+                  given={"torch": torch, "F": F, "LANGUAGES": LANGUAGES})  # fmt: skip
 
 
 def language(chain, ours, theirs, empty, signs=False, other=False, strict=False):
@@ -59,16 +47,14 @@ def reported(p, n, at_least_one=None, of=1.0, cap=False):
 RIGHT = [("1", language), ("2", judge), ("3", reported)]
 
 
-@pytest.mark.parametrize("number", STUBS)
-def test_a_stub_is_not_a_failure(capsys, number):
-    attempt(number, lambda *_: None)
-    assert capsys.readouterr().out == f"exercise {number}: not attempted yet\n"
+@pytest.mark.parametrize("number", "123")
+def test_a_stub_is_not_a_failure(lesson, capsys, number):
+    lesson.silent(number, capsys)
 
 
 @pytest.mark.parametrize("number, answer", RIGHT)
-def test_right_answers_pass(capsys, number, answer):
-    attempt(number, answer)
-    assert capsys.readouterr().out == f"exercise {number}: correct\n"
+def test_right_answers_pass(lesson, capsys, number, answer):
+    lesson.accepts(number, answer, capsys)
 
 
 WRONG = [
@@ -95,6 +81,5 @@ WRONG = [
 
 
 @pytest.mark.parametrize("number, answer, hint", WRONG)
-def test_mistakes_are_named(number, answer, hint):
-    with pytest.raises(AssertionError, match=hint):
-        attempt(number, answer)
+def test_mistakes_are_named(lesson, number, answer, hint):
+    lesson.refuses(number, answer, hint)
