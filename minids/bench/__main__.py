@@ -12,7 +12,7 @@ from pathlib import Path
 import minids.bench
 from minids.bench.common import environment, format_report, one_thread, write_json
 
-HELPERS = {"__main__", "common", "gpu_cases", "gpu_layers", "peer"}
+HELPERS = {"__main__", "common", "gpu_cases", "gpu_layers", "ladder_kernels", "peer"}
 
 
 def names() -> list[str]:
