@@ -12,7 +12,11 @@ average over steps with coefficient 0.9,
     d_t = EMA_t(loss of the variant) / EMA_t(loss of bf16) - 1,     V3: |d_t| < 0.25% throughout, over a trillion tokens
 
 of which the table gives the largest |d_t| and the mean of d_t, over the steps after the first tenth. (There the loss falls
-so steeply that a shift of a fraction of a step is a percent.) `valid` is held-out text, in nats a token.
+so steeply that a shift of a fraction of a step is a percent.) `valid` is held-out text, in nats a token; with --evals
+it is measured on the way too, on the same rows each time: a difference without the batch's own noise.
+
+|d_t| of bf16_split is the noise floor: two runs that compute the same differ by that much. A variant that stays inside
+cannot be told from BF16 by this run; a floor above 0.25% would mean that the run says nothing about V3's claim.
 
 A variant is a file, written when it is finished, and while it runs every 50 steps; started again, the command does what is
 missing. Processes may share a folder, a variant each: `--variants v3 --device cuda:0`. `--minutes` ends a variant early:
@@ -71,6 +75,8 @@ class Fp8Config:
     """cpu, cuda or cuda:N."""
     micro_batch: int = 16
     """Sequences in one forward pass."""
+    evals: int = 0
+    """Held-out losses at so many equally spaced points of the run, the last one at its end; 0: at its end alone."""
     minutes: float = 0.0
     """End a variant after so many minutes of training; 0: never."""
     draw_only: bool = False
@@ -80,8 +86,9 @@ class Fp8Config:
         unknown = [v for v in self.variants if v not in VARIANTS]
         if unknown or not self.variants:
             raise ValueError(f"variants = {self.variants!r}: must be some of {', '.join(VARIANTS)}")
-        if not self.minutes >= 0:
-            raise ValueError(f"minutes = {self.minutes!r}: must be at least 0")
+        for name in ("evals", "minutes"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: must be at least 0")
         if "bf16_split" in self.variants and self.micro_batch < 2:
             raise ValueError(f"micro_batch = {self.micro_batch!r} with bf16_split: must be at least 2")
         with tempfile.TemporaryDirectory() as folder:
@@ -104,25 +111,36 @@ def train_config(config: Fp8Config, variant: str, folder: Path) -> TrainConfig:
 def one_variant(config: Fp8Config, variant: str, folder: Path, path: Path, origin: dict) -> dict:
     """Train it; `path` holds the curve so far."""
     trainer = Trainer.start(train_config(config, variant, folder))
-    recipe, losses, begin = trainer.config.recipe.build(), [], time.perf_counter()
+    recipe, losses, curve, begin = trainer.config.recipe.build(), [], [], time.perf_counter()
+
+    def write(**rest) -> dict:
+        found = {**origin, "variant": variant, "finished": False, **rest, "valid_curve": curve, "losses": losses}
+        write_atomic(path, json.dumps(rounded(found, 7)) + "\n")
+        return found
+
     while recipe.next_batch(trainer.progress.tokens):
         losses.append(trainer.step()["loss"])
         if not math.isfinite(losses[-1]):
             raise RuntimeError(f"{variant}: the loss of step {len(losses)} is {losses[-1]}")
+        share = trainer.progress.tokens / recipe.total_tokens
+        if len(curve) + 1 < config.evals and share * config.evals >= len(curve) + 1:
+            curve.append([len(losses), held_out(trainer)])
         seconds = time.perf_counter() - begin
         if len(losses) in (1, 10) or len(losses) % 50 == 0:
             speed = len(losses) / seconds
             print(f"{variant}  step {len(losses)}  loss {losses[-1]:.4f}  {speed:.3f} steps/s", flush=True)
-            write_atomic(path, json.dumps(rounded({**origin, "variant": variant, "finished": False, "losses": losses}, 7)))
+            write()
         if 0 < config.minutes * 60 < seconds:
             break
     trainer.log.close()
-    found = {**origin, "variant": variant, "finished": True, "tokens": trainer.progress.tokens, "seconds": seconds,
-             "steps_per_second": len(losses) / seconds, "skipped": trainer.progress.skipped,
-             "valid": validation_loss(trainer.model, trainer.data.valid, trainer.config),
-             "peak_gib": peak_gib(config.device), "losses": losses}  # fmt: skip
-    write_atomic(path, json.dumps(rounded(found, 7)) + "\n")
-    return found
+    curve.append([len(losses), held_out(trainer)])
+    return write(finished=True, tokens=trainer.progress.tokens, seconds=seconds, steps_per_second=len(losses) / seconds,
+                 skipped=trainer.progress.skipped, valid=curve[-1][1], peak_gib=peak_gib(config.device))
+
+
+def held_out(trainer: Trainer) -> float:
+    """Loss of the first 256 held-out rows, in the variant's own precision."""
+    return validation_loss(trainer.model, trainer.data.valid, trainer.config)
 
 
 def peak_gib(device: str) -> float | None:
@@ -178,7 +196,8 @@ def show(variants: dict[str, dict], out: Path) -> dict:
     result = {"ema": EMA, "claim": CLAIM, "settled": SETTLED, "variants": variants}
     if BASE in variants:
         base = variants[BASE]["losses"]
-        result["differences"] = {v: compare(base, run["losses"]) for v, run in variants.items() if v != BASE}
+        result["differences"] = {v: compare(base, run["losses"]) | {"valid": compare_valid(variants[BASE], run)}
+                                 for v, run in variants.items() if v != BASE}  # fmt: skip
         print(table(result))
         write_atomic(out / "fp8.json", json.dumps(rounded(result, 7)) + "\n")
         draw(result, out)
@@ -202,18 +221,26 @@ def compare(base: list[float], losses: list[float]) -> dict:
             "last": curve[-1]}  # fmt: skip
 
 
+def compare_valid(base: dict, run: dict) -> list[list[float]]:
+    """[step, relative difference of the held-out loss] where both were measured after the same step."""
+    theirs = dict(base.get("valid_curve", []))
+    return [[step, ours / theirs[step] - 1] for step, ours in run.get("valid_curve", []) if step in theirs]
+
+
 def table(result: dict) -> str:
     """Markdown: differences in percent of the loss of bf16."""
-    lines = ["| variant | steps | steps/s | valid | largest \\|d\\|, % | mean d, % | last d, % | < 0.25% |",
-             "|---|--:|--:|--:|--:|--:|--:|---|"]  # fmt: skip
+    lines = ["| variant | steps | steps/s | valid | valid, % | largest \\|d\\|, % | mean d, % | last d, % | < 0.25% |",
+             "|---|--:|--:|--:|--:|--:|--:|--:|---|"]  # fmt: skip
     for name, run in result["variants"].items():
         found = result["differences"].get(name)
         cells = [name, str(len(run["losses"])), f"{run['steps_per_second']:.3f}" if run["finished"] else "unfinished",
                  f"{run['valid']:.4f}" if run["finished"] else "-"]  # fmt: skip
         if found:
-            cells += [f"{100 * found['largest']:.3f}", f"{100 * found['mean']:+.3f}", f"{100 * found['last']:+.3f}",
+            held_out = [100 * d for step, d in found["valid"] if step == len(run["losses"])]
+            cells += [f"{held_out[-1]:+.3f}" if held_out else "-", f"{100 * found['largest']:.3f}",
+                      f"{100 * found['mean']:+.3f}", f"{100 * found['last']:+.3f}",
                       "yes" if found["largest"] < CLAIM else "no"]  # fmt: skip
-        lines.append("| " + " | ".join(cells + ["-"] * (8 - len(cells))) + " |")
+        lines.append("| " + " | ".join(cells + ["-"] * (9 - len(cells))) + " |")
     return "\n".join(lines)
 
 

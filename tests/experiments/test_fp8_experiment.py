@@ -71,6 +71,20 @@ def test_minutes_end_a_variant_early_on_the_same_curve(config, tmp_path):
     assert cut["finished"] and cut["losses"] == whole[:1]
 
 
+def test_held_out_losses_are_taken_on_the_way_and_change_nothing(config, tmp_path):
+    plain = run(config(variants=("bf16",)))["variants"]["bf16"]
+    found = run(config(variants=("bf16", "v3"), out=tmp_path / "evals", evals=3))
+    curves = {name: variant["valid_curve"] for name, variant in found["variants"].items()}
+    assert [step for step, _ in curves["bf16"]] == [step for step, _ in curves["v3"]] == [4, 8, 12]
+    assert found["variants"]["bf16"]["losses"] == plain["losses"] and curves["bf16"][-1] == plain["valid_curve"][0]
+    assert curves["v3"][-1][1] == found["variants"]["v3"]["valid"] and curves["bf16"][0][1] > curves["bf16"][1][1]
+    difference = found["differences"]["v3"]["valid"]
+    for (step, ours), (_, theirs), (at, d) in zip(curves["v3"], curves["bf16"], difference, strict=True):
+        assert at == step and d == pytest.approx(ours / theirs - 1, abs=1e-6)
+    shorter = {"valid_curve": curves["v3"][:1] + [[6, 1.0]]}
+    assert fp8.compare_valid(found["variants"]["bf16"], shorter) == [difference[0]] and fp8.compare_valid({}, shorter) == []
+
+
 def test_differences_are_of_smoothed_curves_after_the_first_tenth():
     assert smooth([4.0, 3.0], 0.9) == pytest.approx([4.0, 3.9])
     base = [4.0] * 20
@@ -90,7 +104,7 @@ def test_other_settings_in_the_folder_are_refused(config):
 
 @pytest.mark.parametrize("changes, message", [
     ({"variants": ("v4",)}, "variants = .*must be some of bf16, bf16_split, fp32, v3"),
-    ({"variants": ()}, "must be some of"), ({"minutes": -1.0}, "minutes = -1.0"),
+    ({"variants": ()}, "must be some of"), ({"minutes": -1.0}, "minutes = -1.0"), ({"evals": -1}, "evals = -1"),
     ({"micro_batch": 1, "variants": ("bf16_split",)}, "micro_batch = 1 with bf16_split"),
     ({"device": "tpu"}, "device = 'tpu'"), ({"preset": "tiny"}, "preset='tiny'"),
 ])  # fmt: skip

@@ -69,3 +69,17 @@ def test_three_products_cut_every_matrix_along_the_sum():
     groups = [[(round(p.get_width() / fp8.UNIT, 3), round(p.get_height() / fp8.UNIT, 3)) for p in ax.patches[1:4:2]]
               for ax in axes]  # fmt: skip
     assert groups == [[(1, 0.125), (1, 1)], [(1, 0.125), (1, 1)], [(1, 0.125), (0.125, 1)]]
+
+
+def test_the_controls_band_never_shrinks_and_dots_are_held_out_losses():
+    from minids.plots.fp8_training import loss_differences
+
+    found = {"curve": [0.5, 0.001, -0.003, 0.002], "start": 1, "largest": 0.003, "valid": [[1, 0.2], [4, 0.001]]}
+    variants = {v: {"losses": [4.0, 3.0, 2.5, 2.0]} for v in ("bf16", "bf16_split")}
+    result = {"ema": 0.9, "claim": 0.0025, "variants": variants,
+              "differences": {"bf16_split": found}}  # fmt: skip
+    left, right = loss_differences(result).axes
+    assert len(left.lines) == 2 and right.lines[0].get_ydata() == pytest.approx([0.1, -0.3, 0.2])
+    assert list(right.lines[1].get_xdata()) == [4] and list(right.lines[1].get_ydata()) == pytest.approx([0.1])
+    corners = right.collections[0].get_paths()[0].vertices
+    assert {round(float(y), 6) for _, y in corners} == {0.1, -0.1, 0.3, -0.3}
