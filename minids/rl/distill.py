@@ -35,7 +35,11 @@ class DistillConfig:
     base: SupervisedConfig = field(default_factory=lambda: SupervisedConfig(steps=1600))
     """Pre-training of the student's base, on the corpus that the teacher's base has read."""
     samples: int = 5500
-    """Right answers of the teacher to learn from (800k)."""
+    """Answers of the teacher to learn from (800k)."""
+    rejection: bool = True
+    """Keep right and well-formed answers only; without, all."""
+    temperature: float = 1.0
+    """Of the teacher's sampling."""
     sft: SupervisedConfig = field(default_factory=lambda: SupervisedConfig(steps=400))
     """Two or three epochs, the rate falling to a tenth and below."""
     rl: ZeroConfig = field(default_factory=lambda: ZeroConfig(steps=100))
@@ -44,6 +48,8 @@ class DistillConfig:
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise ValueError(f"samples = {self.samples!r}: must be at least 1")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature = {self.temperature!r}: must be finite and above 0")
 
     def seeded(self, seed: int) -> DistillConfig:
         """The same with every part's seed derived from one."""
@@ -58,17 +64,20 @@ def student_base(out: Path, config: DistillConfig, seed: int, note: Note | None 
     return store(model, tokenizer, out)
 
 
-def teacher_samples(teacher: Path, n: int, seed: int) -> tuple[list[tuple[str, str]], int]:
-    """(``n`` right and well-formed answers of the teacher to training problems, how many it gave for them). Raises
-    ValueError when fewer than a tenth of its answers are right."""
+def teacher_samples(teacher: Path, n: int, seed: int, temperature: float = 1.0,
+                    rejection: bool = True) -> tuple[list[tuple[str, str]], int]:  # fmt: skip
+    """(``n`` answers of the teacher to training problems, how many it gave for them), right and well formed ones alone with
+    ``rejection``. Raises ValueError when fewer than a tenth of its answers are."""
     model, tokenizer = restore(teacher)
     random, generator, total = Random(f"teach {seed}"), torch.Generator().manual_seed(seed), Total(CORPUS.rewards())
     kept: list[tuple[str, str]] = []
     asked = 0
     while len(kept) < n:
-        batch = ask(model, tokenizer, [CORPUS.draw(random) for _ in range(256)], total, generator=generator)
+        batch = ask(model, tokenizer, [CORPUS.draw(random) for _ in range(256)], total, temperature=temperature,
+                    generator=generator)  # fmt: skip
         asked += len(batch.texts)
-        good = [a == f == 1.0 for a, f in zip(batch.terms["accuracy"], batch.terms["format"], strict=True)]
+        good = [not rejection or a == f == 1.0
+                for a, f in zip(batch.terms["accuracy"], batch.terms["format"], strict=True)]  # fmt: skip
         kept += [(p.prompt, text) for p, text, ok in zip(batch.problems, batch.texts, good, strict=True) if ok]
         if len(kept) < asked / 10:
             raise ValueError(f"{teacher}: {len(kept)} of {asked} answers are right and well formed; allowed is a tenth")
@@ -76,8 +85,8 @@ def teacher_samples(teacher: Path, n: int, seed: int) -> tuple[list[tuple[str, s
 
 
 def distill(teacher: Path, base: Path, out: Path, config: DistillConfig, note: Note | None = None) -> Path:
-    """SFT of the student's base on the teacher's right answers."""
-    samples, asked = teacher_samples(teacher, config.samples, config.sft.seed)
+    """SFT of the student's base on the teacher's answers."""
+    samples, asked = teacher_samples(teacher, config.samples, config.sft.seed, config.temperature, config.rejection)
     if note is not None:
         note({"samples": len(samples), "asked": asked})
     model, tokenizer = restore(base)
