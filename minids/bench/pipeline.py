@@ -8,7 +8,12 @@
 First the comparison of minids.pipeline.check, for every schedule. Then step times of a larger model, the same layers for
 all schedules: each rank times F, B, I and W of its own stages alone, these times (one a stage) go into Schedule.simulate,
 and the makespan that comes out stands beside the median of real steps. The ratio of the two says what the simulator leaves
-out (starting kernels, waiting for transfers, sharing a machine); ratios to 1F1B compare the order of the schedules.
+out (starting kernels, waiting for transfers, sharing a machine); ratios to 1F1B compare the order of the schedules. One
+step more is recorded action by action (pipeline_record.py), to be drawn beside the simulated one.
+
+FILE is written after each schedule and completed by a later run with the same settings (``--schedules zbv``), so that a
+schedule that fails costs only itself. One that takes longer than ``--limit`` seconds counts as a hang: all ranks say where
+they stand, and end.
 
 Simplifications: a pair F&B runs as F, then B, on one stream, so the pair time is their sum. On a CPU with fewer cores than
 ranks the ranks take turns, and the prediction for free ranks must fall short.
@@ -18,6 +23,7 @@ import argparse
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -32,10 +38,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minids.bench.common import Report, environment, synchronize
+from minids.bench.pipeline_record import gather_rows, record
 from minids.config import ModelConfig
 from minids.pipeline.check import compare, tiny_config
-from minids.pipeline.launch import device_of, initialise
-from minids.pipeline.runtime import Pipeline, Placement, transfer
+from minids.pipeline.launch import deadline, device_of, initialise
+from minids.pipeline.messages import transfer
+from minids.pipeline.runtime import Pipeline, Placement
 from minids.pipeline.schedules import NAMES
 from minids.pipeline.torch_engine import DirectedStage, Engine
 from minids.train.settings import TrainConfig
@@ -128,54 +136,73 @@ def step_times(name: str, device: torch.device, rounds: int) -> dict:
     tokens = torch.randint(0, cfg.vocab_size, (MICRO_BATCHES, length + 1), generator=generator)
     ids = torch.zeros_like(tokens)
     pipeline.compute_gradients(tokens, ids, 0.3, MICRO_BATCHES)  # warms up, and fills buffers
-    engine, steps, whole = pipeline.engine(MICRO_BATCHES, 1, length), [], []
+    engine, steps, whole, rows = pipeline.engine(MICRO_BATCHES, 1, length), [], [], []
     run = engine.run
     for _ in range(rounds):
         pipeline.optimizer.zero_grad()
         engine.run = lambda: steps.append(timed(run))  # the list of actions alone; around it labels, loads, reductions
         dist.barrier()
         whole.append(timed(lambda: pipeline.compute_gradients(tokens, ids, 0.3, MICRO_BATCHES)))
+    pipeline.optimizer.zero_grad()
+    engine.run = lambda: rows.extend(record(engine, run, device))
+    dist.barrier()
+    pipeline.compute_gradients(tokens, ids, 0.3, MICRO_BATCHES)
     del engine.run  # the class's own again
     measured = torch.tensor([steps, whole], dtype=torch.float64, device=device)
     dist.all_reduce(measured, op=dist.ReduceOp.MAX)  # a step is over when the last rank is
     times = all_stage_times(pipeline, engine, rounds)
-    hop = hop_seconds(torch.zeros(1, length, cfg.hidden_size, device=device))
+    hop = hop_seconds(torch.zeros(1, length, cfg.hidden_size, dtype=pipeline.dtype, device=device))
     weights = [min(w, b) for w, b in zip(times["W"], times["B"], strict=True)]
     timeline = engine.schedule.simulate(f=times["F"], b=times["B"], w=weights, i=times["I"], comm=hop)
     steps, whole = (sorted(row) for row in measured.tolist())
     return {"measured_s": median(steps), "measured_all_s": steps, "with_reductions_s": median(whole),
             "predicted_s": float(timeline.makespan), "ratio": median(steps) / float(timeline.makespan),
             "predicted_bubble_share": [float(share) for share in timeline.bubble_share], "stage_seconds": times,
-            "hop_s": hop, "tokens_per_second": MICRO_BATCHES * length / median(whole)}  # fmt: skip
+            "hop_s": hop, "tokens_per_second": MICRO_BATCHES * length / median(whole),
+            "recorded": gather_rows(rows, device)}  # fmt: skip
 
 
-def work(device: torch.device, rounds: int, out: Path | None) -> dict:
-    """All schedules on this process group; rank 0 writes the JSON after each, so that a late failure loses nothing."""
-    rank, started = dist.get_rank(), time.perf_counter()
+def header(device: torch.device) -> dict:
+    """What must be the same for figures to stand in one file."""
     cfg, length = bench_model(device)
-    found = {"machine": environment(), "device": device.type, "backend": dist.get_backend(), "ranks": dist.get_world_size(),
-             "devices": _device_names(device), "micro_batches": MICRO_BATCHES, "tokens_a_micro_batch": length,
-             "parameters": cfg.count()["main"] + cfg.count()["mtp"], "limit": LIMIT, "schedules": {}}  # fmt: skip
-    for name in NAMES:
-        config = TrainConfig(pipeline=name)
-        layers = Placement.plan(config, tiny_config(8 * RANKS), dist.get_world_size()).schedule.stages
-        equal = compare(name, tiny_config(layers), device)
-        entry = {"equal": asdict(equal) if equal is not None else None}
-        entry |= step_times(name, device, rounds)
-        found["schedules"][name] = entry
-        found["seconds"] = time.perf_counter() - started
+    return {"machine": environment(), "device": device.type, "backend": dist.get_backend(), "ranks": dist.get_world_size(),
+            "devices": _device_names(device), "micro_batches": MICRO_BATCHES, "tokens_a_micro_batch": length,
+            "parameters": cfg.count()["main"] + cfg.count()["mtp"], "limit": LIMIT}  # fmt: skip
+
+
+def work(device: torch.device, options: argparse.Namespace) -> dict:
+    """The schedules on this process group; rank 0 writes the JSON after each."""
+    rank, found = dist.get_rank(), header(device) | {"schedules": {}}
+    if options.out is not None and options.out.exists():
+        before = json.loads(options.out.read_text())
+        if all(before.get(key) == found[key] for key in found if key != "schedules"):
+            found["schedules"] = before["schedules"]
+    for name in options.schedules:
+        started = time.perf_counter()
+        with deadline(options.limit, name):
+            layers = Placement.plan(TrainConfig(pipeline=name), tiny_config(8 * RANKS), RANKS).schedule.stages
+            equal = compare(name, tiny_config(layers), device)
+            entry = {"equal": asdict(equal) if equal is not None else None}
+            entry |= step_times(name, device, options.rounds)
+        found["schedules"][name] = entry | {"seconds": time.perf_counter() - started}
         if device.type == "cuda":
             gc.collect()  # engine and stages point at each other: the last schedule's model and buffers are still there
             torch.cuda.empty_cache()
         if rank == 0:
             print(f"{name:<16}  gradients {equal.gradient:.1e}, next loss {equal.next_loss:.1e}; step "
-                  f"{entry['measured_s']:.4f} s, predicted {entry['predicted_s']:.4f} s, ratio "
-                  f"{entry['ratio']:.2f}", flush=True)  # fmt: skip
-            if out is not None:
-                temporary = out.with_name(out.name + ".tmp")
-                temporary.write_text(json.dumps(found, indent=2) + "\n")
-                os.replace(temporary, out)
+                  f"{entry['measured_s']:.4f} s, predicted {entry['predicted_s']:.4f} s, ratio {entry['ratio']:.2f}; "
+                  f"took {found['schedules'][name]['seconds']:.0f} s", flush=True)  # fmt: skip
+            if options.out is not None:
+                write_json(options.out, found)
     return found
+
+
+def write_json(path: Path, found: dict) -> None:
+    """Written whole or not at all; lists of numbers stand in one line."""
+    text = re.sub(r"\[[^\[\]{}]*\]", lambda match: " ".join(match[0].split()), json.dumps(found, indent=2))
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text + "\n")
+    os.replace(temporary, path)
 
 
 def _device_names(device: torch.device) -> list[str]:
@@ -219,13 +246,15 @@ def report_of(found: dict, device: str) -> Report:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="torchrun --nproc-per-node 4 -m minids.bench.pipeline")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--schedules", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME")
+    parser.add_argument("--rounds", type=int, default=7, help="steps to time")
+    parser.add_argument("--limit", type=float, default=300, help="seconds for one schedule; then it counts as a hang")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     options = parser.parse_args(arguments)
     if "WORLD_SIZE" not in os.environ or RANKS not in (2, 4):
         parser.error(f"WORLD_SIZE={os.environ.get('WORLD_SIZE')}: allowed is 2 or 4, set by torchrun")
     with initialise(options.device, patience=45):
-        found = work(device_of(options.device), options.rounds, options.out)
+        found = work(device_of(options.device), options)
     wrong = [name for name, entry in found["schedules"].items()
              if entry["equal"] is not None and entry["equal"]["gradient"] > LIMIT]  # fmt: skip
     return 1 if wrong else 0

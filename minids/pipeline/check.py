@@ -3,6 +3,7 @@
     python -m minids.pipeline.check                            # seven schedules on 4 processes of this machine, gloo
     python -m minids.pipeline.check --schedules dualpipe
     torchrun --nproc-per-node 4 -m minids.pipeline.check --device cuda          # NCCL, a GPU a process
+    torchrun --nproc-per-node 4 -m minids.pipeline.check --device cuda --backend gloo        # fewer GPUs than processes
 
 For each schedule: a small model with every mechanism switched on is built in pieces, takes a step, and a second forward
 and backward. Rank 0 takes the same steps with the whole model, by minids.train.step. Compared are all gradients and losses,
@@ -26,7 +27,7 @@ from torch import Tensor
 from minids.config import ModelConfig
 from minids.model.balancer import Balancer
 from minids.model.transformer import Transformer
-from minids.pipeline.launch import device_of, initialise, start_local
+from minids.pipeline.launch import deadline, device_of, initialise, start_local
 from minids.pipeline.runtime import Pipeline, Placement
 from minids.pipeline.schedules import NAMES
 from minids.train.optim import OptimConfig, Optimizer
@@ -140,11 +141,12 @@ def _relative(found: Tensor, wanted: Tensor) -> float:
 
 def run(rank: int, options: argparse.Namespace) -> None:
     """What each process does; rank 0 prints and writes the comparisons."""
-    device = device_of(options.device)
+    device = device_of(options.device, options.backend)
     found = []
     for name in options.schedules:
         layers = Placement.plan(TrainConfig(pipeline=name), tiny_config(8 * options.ranks), options.ranks).schedule.stages
-        result = compare(name, tiny_config(layers, num_nextn_predict_layers=options.mtp), device)
+        with deadline(options.limit, name):
+            result = compare(name, tiny_config(layers, num_nextn_predict_layers=options.mtp), device)
         if result is not None:
             found.append(result)
             print(f"{name:<16}  loss {result.loss:.4f}   differences to one process: gradients {result.gradient:.1e}, "
@@ -162,12 +164,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--schedules", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME")
     parser.add_argument("--ranks", type=int, default=4, help="processes to start, unless torchrun has started them")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--backend", choices=("nccl", "gloo"), help="default: nccl for cuda, gloo for cpu")
+    parser.add_argument("--limit", type=float, default=120, help="seconds for one schedule; then it counts as a hang")
     parser.add_argument("--mtp", type=int, default=1, help="MTP modules")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
+    if options.backend == "nccl" and options.device == "cpu":
+        parser.error("--backend nccl with --device cpu: allowed is gloo, or --device cuda")
     if "RANK" in os.environ:
         options.ranks = int(os.environ["WORLD_SIZE"])
-        with initialise(options.device):
+        with initialise(options.device, backend=options.backend):
             run(int(os.environ["RANK"]), options)
     else:
         start_local(run, options.ranks, options)

@@ -10,6 +10,7 @@ Under torchrun the store belongs to the agent and outlives every rank; started h
 means that rank 0 is gone.
 """
 
+import faulthandler
 import os
 import socket
 import sys
@@ -96,31 +97,57 @@ class Watch:
         os._exit(1)
 
 
-def device_of(kind: str) -> torch.device:
-    """This process's device: the CPU, or the GPU of its local rank."""
+@contextmanager
+def deadline(seconds: float, what: str) -> Iterator[None]:
+    """Ranks that wait for each other for ever give signs of life all the while. Inside, no longer than ``seconds``: then
+    every rank says where it stands (the stacks of its threads) and ends."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+
+    def over() -> None:
+        print(f"error: rank {rank} ends because {what} is not done after {seconds:.0f} s; it stands here:", file=sys.stderr,
+              flush=True)  # fmt: skip
+        faulthandler.dump_traceback()
+        os._exit(1)
+
+    timer = threading.Timer(seconds, over)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def device_of(kind: str, backend: str | None = None) -> torch.device:
+    """This process's device: the CPU, or the GPU of its local rank. With ``backend`` gloo ranks may share a GPU."""
     if torch.device(kind).type != "cuda":
         return torch.device("cpu")
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if local >= torch.cuda.device_count():
-        raise ValueError(f"device=cuda with local rank {local}: this machine has {torch.cuda.device_count()} CUDA devices, "
-                         "allowed is at most one process for each")  # fmt: skip
+    local, devices = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if backend == "gloo" and devices:
+        return torch.device("cuda", local % devices)
+    if local >= devices:
+        raise ValueError(f"device=cuda with local rank {local}: this machine has {devices} CUDA devices, allowed is at "
+                         "most one process for each")  # fmt: skip
     return torch.device("cuda", local)
 
 
 @contextmanager
-def initialise(kind: str, patience: float = PATIENCE) -> Iterator[Watch]:
-    """The process group of torchrun's environment, NCCL for ``kind`` cuda and gloo for cpu, with its watch.
+def initialise(kind: str, patience: float = PATIENCE, backend: str | None = None) -> Iterator[Watch]:
+    """The process group of torchrun's environment, with its watch. ``backend``: by default NCCL for ``kind`` cuda and gloo
+    for cpu; gloo for cuda sends messages through the host (messages.py).
 
     An error inside is told to the other ranks and raised again, unless it is the work of a dead neighbour: then the process
     ends with a message that names the dead rank.
     """
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-    device = device_of(kind)
+    device = device_of(kind, backend)
+    backend = backend or ("nccl" if device.type == "cuda" else "gloo")
     options = {}
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if backend == "nccl":  # a device known now makes communicators now, of sub-groups too: by all ranks, in one order
         options["device_id"] = device
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT, **options)
+    dist.init_process_group(backend, timeout=TIMEOUT, **options)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     watch = Watch(rank, ranks, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), patience)
     try:

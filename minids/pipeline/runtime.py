@@ -23,7 +23,6 @@ parallelism changes the inside of a stage alone (see stages.py).
 Shapes: B rows, T tokens, L MoE layers, E experts.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +37,7 @@ from minids.model.load import LoadMeter
 from minids.model.loss import IGNORE
 from minids.model.transformer import Transformer
 from minids.pipeline.action import Schedule
+from minids.pipeline.messages import transfer
 from minids.pipeline.schedules import build_schedule, check_request, fewest_micro_batches
 from minids.pipeline.stages import MicroBatch, Piece, Stage, build_rank_model, model_on_meta, split_layers
 from minids.pipeline.torch_engine import DirectedStage, Engine
@@ -98,13 +98,6 @@ def choose_micro_batches(config: TrainConfig, ranks: int, rows: int) -> int:
         f"a global batch of {rows} sequences cannot be cut into micro-batches of equal size for {name} on {ranks} ranks: "
         f"allowed is a multiple of {2 * ranks}, as in --recipe.batch {4 * ranks} --recipe.batch-start {2 * ranks}"
         f" (micro_batch={config.micro_batch} sequences at most)")  # fmt: skip
-
-
-def transfer(operation: Callable, tensor: Tensor, peer: int, group: dist.ProcessGroup | None = None) -> None:
-    """One tensor to (``dist.isend``) or from (``dist.irecv``) the global rank ``peer``, as a batch like the engine's. NCCL
-    would give a lone message a communicator of its own, or put it in line with the group's collectives and warn."""
-    for work in dist.batch_isend_irecv([dist.P2POp(operation, tensor, peer, group)]):
-        work.wait()
 
 
 class PipelineOptimizer(Optimizer):

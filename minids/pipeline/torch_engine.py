@@ -30,6 +30,7 @@ from torch.distributed.pipelining.schedules import _Action, _ComputationType, _P
 
 from minids.pipeline.action import Action, Schedule
 from minids.pipeline.lower import Transfer, lower
+from minids.pipeline.messages import route
 
 KINDS = {
     "F": _ComputationType.FORWARD, "B": _ComputationType.FULL_BACKWARD, "I": _ComputationType.BACKWARD_INPUT,
@@ -101,7 +102,19 @@ class DirectedStage(PipelineStage):
 
     def _get_init_p2p_neighbors_ops(self):
         # Before torch 2.13: a first message to each neighbour. One on the same rank needs none, and gloo refuses it.
-        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+        return [route(op) for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
+    def get_fwd_send_ops(self, fwd_chunk_id):
+        return list(map(route, super().get_fwd_send_ops(fwd_chunk_id)))
+
+    def get_fwd_recv_ops(self, fwd_chunk_id):
+        return list(map(route, super().get_fwd_recv_ops(fwd_chunk_id)))
+
+    def get_bwd_send_ops(self, bwd_chunk_id):
+        return list(map(route, super().get_bwd_send_ops(bwd_chunk_id)))
+
+    def get_bwd_recv_ops(self, bwd_chunk_id):
+        return list(map(route, super().get_bwd_recv_ops(bwd_chunk_id)))
 
     # The hand-over between neighbours on one rank: none across the seam.
     def set_local_fwd_input(self, prev_stage_outputs, mb_index):

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import torch
 
 from minids.bench.pipeline import all_stage_times
-from minids.pipeline import runtime
+from minids.pipeline import messages, runtime
 from minids.pipeline.check import LENGTH, batches, compare, tiny_config, train_config
 from minids.pipeline.launch import start_local
 from minids.pipeline.runtime import Pipeline, Placement
@@ -19,11 +19,18 @@ from minids.pipeline.torch_engine import forward_then_backward
 LAYERS = {"interleaved_1f1b": 8, "zbv": 8, "dualpipe_v": 8}
 CPU = torch.device("cpu")
 pairs: list[int] = []
+hosted: list[int] = []
 
 
 def counted_pair(action, context) -> None:
     pairs.append(action.sub_actions[0].microbatch_index)
     forward_then_backward(action, context)
+
+
+def counted_host(tensor, group) -> bool:
+    """As if gloo had to carry a GPU's tensor."""
+    hosted.append(tensor.numel())
+    return True
 
 
 def variants() -> list[tuple[str, str, dict, dict]]:
@@ -87,7 +94,7 @@ def work(rank: int, out: str) -> None:
         cfg = tiny_config(changes.pop("num_hidden_layers"), **changes)
         result = compare(schedule, cfg, CPU, **options)
         if result is not None:
-            results.append({"case": case, "pairs": len(pairs)} | asdict(result))
+            results.append({"case": case, "pairs": len(pairs), "hosted": len(hosted)} | asdict(result))
 
     for case in variants():
         run(*case)
@@ -96,6 +103,10 @@ def work(rank: int, out: str) -> None:
         setattr(target, name, value)
         run(case, schedule, {}, {})
         setattr(target, name, kept)
+    kept, messages.through_host = messages.through_host, counted_host
+    for name in ("dualpipe", "zbv"):
+        run(f"{name} through the host", name, {}, {})
+    messages.through_host = kept
     results.extend(stages_alone(name) for name in ("zb1p", "dualpipe_v"))
     if rank == 0:
         with open(out, "w") as file:

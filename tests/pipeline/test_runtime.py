@@ -58,6 +58,14 @@ def test_an_overlapped_pair_may_have_a_body_of_its_own(results):
     assert results["own pair"]["pairs"] > 0
 
 
+@pytest.mark.parametrize("schedule", ["dualpipe", "zbv"])
+def test_messages_that_pass_through_the_host_arrive(results, schedule):
+    """Four ranks on two GPUs: gloo, by way of the host's memory."""
+    found = results[f"{schedule} through the host"]
+    assert found["hosted"] > results[schedule]["hosted"]
+    assert found["gradient"] < LIMIT and found["weights"] < LIMIT and found["next_loss"] < LIMIT
+
+
 @pytest.mark.parametrize("schedule, stages", [("zb1p", 4), ("dualpipe_v", 8)])
 def test_stages_run_alone_and_keep_no_graph_behind_their_weight_backward(results, schedule, stages):
     found = results[f"stages of {schedule} alone"]
@@ -95,6 +103,27 @@ def test_a_rank_that_dies_is_named_by_all_others(tmp_path):
         code, seconds = ends[rank]
         assert code == 1 and seconds < 30
         assert f"error: rank {rank} ends because rank 2 died" in done.stderr
+
+
+def test_ranks_that_wait_for_each_other_say_where_they_stand():
+    """Two ranks that both receive first: without an end of its own, the job would wait ten minutes for gloo's."""
+    text = """
+import torch, torch.distributed as dist
+from minids.pipeline.launch import deadline, start_local
+from minids.pipeline.messages import transfer
+
+def wait(rank):
+    with deadline(2, "zbv"):
+        transfer(dist.irecv, torch.zeros(1), 1 - rank)
+
+if __name__ == "__main__":
+    start_local(wait, 2)
+"""
+    env = os.environ | {"PYTHONPATH": str(HERE.parent.parent)}
+    done = subprocess.run([sys.executable, "-c", text], env=env, timeout=60, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert re.search(r"error: rank [01] ends because zbv is not done after 2 s", done.stderr)
+    assert "in transfer" in done.stderr  # the stack
 
 
 TINY = ("hidden_size=32", "num_hidden_layers=4", "intermediate_size=48", "moe_intermediate_size=16",
