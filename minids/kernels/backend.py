@@ -9,10 +9,12 @@ Every operation has a reference in PyTorch, which is its specification, and a Tr
 
 The third step is the only one that falls back. Where a kernel was asked for by name and cannot run, that is an error.
 On the CPU a kernel runs under Triton's interpreter (TRITON_INTERPRET=1 before Python starts), for tests and teaching.
+
+`registered` makes a kernel's launcher an operation that torch knows by name.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -66,6 +68,50 @@ def choose(backend: str | None, *tensors: Tensor) -> str:
     if name is None:
         return "torch" if obstacle or tensors[0].device.type != "cuda" else "triton"
     return name
+
+
+def uses_kernels(x: Tensor) -> bool:
+    """Whether a layer of the model that got x runs kernels. On the CPU outside the interpreter never, whatever the
+    variable says: there the model has ways of its own."""
+    return (INTERPRETED or not x.is_cpu) and choose(None, x) == "triton"
+
+
+class Operation:
+    """A function of tensors, registered with torch.library as `minids::name`, for all that traces: torch.compile, fake
+    tensors, selective checkpoints. Where nothing does, it is called as it is: torch's way through the dispatcher and back
+    costs 10 to 40 microseconds a call, as much as a small kernel runs."""
+
+    def __init__(self, name: str, function: Callable):
+        self.function, self.name, self.node = function, name, None
+        self.op = torch.library.custom_op(f"minids::{name}", function, mutates_args=())
+        self.register_fake = self.op.register_fake
+
+    def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
+        """As torch.library's; autograd outside of traces is given the same two functions."""
+        self.op.register_autograd(backward, setup_context=setup_context)
+        function = self.function
+
+        class Node(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, *inputs):
+                output = function(*inputs)
+                setup_context(ctx, inputs, output)
+                return output
+
+        Node.backward = staticmethod(backward)
+        self.node = Node
+
+    def __call__(self, *inputs):
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            return getattr(torch.ops.minids, self.name).default(*inputs)
+        if self.node is not None and torch.is_grad_enabled():
+            return self.node.apply(*inputs)
+        return self.function(*inputs)
+
+
+def registered(name: str) -> Callable[[Callable], Operation]:
+    """Decorator: the launcher of a kernel as an `Operation`. Its annotations become the schema."""
+    return lambda function: Operation(name, function)
 
 
 def _obstacle(device: torch.device) -> str | None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minids.kernels.backend import E4M3_MAX, TILE, cdiv, check, check_shape, choose, jit, tl
+from minids.kernels.backend import E4M3_MAX, TILE, cdiv, check, check_shape, choose, jit, registered, tl
 from minids.kernels.quantize import FLOATS, SCALES, e4m3_scale, magnitude_bits, scale_of, to_e4m3
 
 FP8 = torch.float8_e4m3fn
@@ -41,7 +41,7 @@ def quantize_block(w: Tensor, *, scale: str = "fp32", backend: str | None = None
     _check_full("w", w)
     if choose(backend, w) == "torch":
         return reference(w, scale)
-    return torch.ops.minids.quantize_block(w, scale == "ue8m0")
+    return _quantize_block(w, scale == "ue8m0")
 
 
 def dequantize_block(
@@ -63,7 +63,7 @@ def dequantize_block(
     check_shape("scale_inv", scale_inv, _scale_shape(q))
     if choose(backend, q, scale_inv) == "torch":
         return dequantize_reference(q, scale_inv, dtype)
-    return torch.ops.minids.dequantize_block(q, scale_inv.contiguous(), dtype)
+    return _dequantize_block(q, scale_inv.contiguous(), dtype)
 
 
 # ---- reference ----
@@ -119,14 +119,14 @@ def _grid(w: Tensor) -> tuple[int, int, int]:
     return cdiv(w.shape[-1], TILE), cdiv(w.shape[-2], TILE), w.shape[0] if w.ndim == 3 else 1
 
 
-@torch.library.custom_op("minids::quantize_block", mutates_args=())
+@registered("quantize_block")
 def _quantize_block(w: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
     q, scale_inv = w.new_empty(w.shape, dtype=FP8), w.new_empty(_scale_shape(w), dtype=torch.float32)
     _quantize[_grid(w)](w, q, scale_inv, *w.shape[-2:], ue8m0, num_warps=8)
     return q, scale_inv
 
 
-@torch.library.custom_op("minids::dequantize_block", mutates_args=())
+@registered("dequantize_block")
 def _dequantize_block(q: Tensor, scale_inv: Tensor, dtype: torch.dtype) -> Tensor:
     w = q.new_empty(q.shape, dtype=dtype)
     _dequantize[_grid(q)](q, scale_inv, w, *q.shape[-2:], num_warps=8)

@@ -41,6 +41,7 @@ from minids.kernels.backend import (
     choose,
     jit,
     multiprocessors,
+    registered,
     tl,
 )  # fmt: skip
 
@@ -66,7 +67,7 @@ def fp8_gemm(
     _check(a, a_scale, b, b_scale, out_dtype)
     if choose(backend, a, a_scale, b, b_scale) == "torch":
         return reference(a, a_scale, b, b_scale, out_dtype)
-    return torch.ops.minids.fp8_gemm(a, a_scale, b, b_scale, out_dtype)
+    return _fp8_gemm(a, a_scale, b, b_scale, out_dtype)
 
 
 # ---- reference ----
@@ -199,7 +200,7 @@ def launch(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: to
     return out
 
 
-@torch.library.custom_op("minids::fp8_gemm", mutates_args=())
+@registered("fp8_gemm")
 def _fp8_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
     check_rows("a", a)
     check_rows("b", b)

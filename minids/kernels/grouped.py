@@ -29,6 +29,7 @@ from minids.kernels.backend import (
     check_rows,
     choose,
     jit,
+    registered,
     tl,
 )  # fmt: skip
 from minids.kernels.gemm_fp8 import store_tile, tile_of
@@ -57,7 +58,7 @@ def grouped_gemm(x: Tensor, w: Tensor, ends: Tensor, *, backend: str | None = No
         raise ValueError(f"x, w: got shapes {tuple(x.shape)} and {tuple(w.shape)}, expected (M, K) and (E, N, K), K > 0")
     if choose(backend, x, w, ends) == "torch":
         return reference(x, w, ends)
-    return torch.ops.minids.grouped_gemm(x, w, ends)
+    return _grouped_gemm(x, w, ends)
 
 
 def grouped_wgrad(
@@ -81,7 +82,7 @@ def grouped_wgrad(
         raise TypeError(f"out_dtype: got {out_dtype}, expected {' or '.join(map(str, OUT_DTYPES))}")
     if choose(backend, dy, x, ends) == "torch":
         return wgrad_reference(dy, x, ends, out_dtype)
-    return torch.ops.minids.grouped_wgrad(dy, x, ends, out_dtype)
+    return _grouped_wgrad(dy, x, ends, out_dtype)
 
 
 # ---- reference ----
@@ -215,7 +216,7 @@ def launch_wgrad(dy: Tensor, x: Tensor, ends: Tensor, out_dtype: torch.dtype, co
     return out
 
 
-@torch.library.custom_op("minids::grouped_gemm", mutates_args=())
+@registered("grouped_gemm")
 def _grouped_gemm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
     check_rows("x", x)
     stored = w if w.stride(2) == 1 else w.transpose(1, 2)
@@ -225,7 +226,7 @@ def _grouped_gemm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
     return launch(x, w, ends, FORWARD if w.stride(2) == 1 else DGRAD)
 
 
-@torch.library.custom_op("minids::grouped_wgrad", mutates_args=())
+@registered("grouped_wgrad")
 def _grouped_wgrad(dy: Tensor, x: Tensor, ends: Tensor, out_dtype: torch.dtype) -> Tensor:
     check_rows("dy", dy)
     check_rows("x", x)
@@ -249,8 +250,8 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dy: Tensor):
     x, w, ends = ctx.saved_tensors
     dy = dy.contiguous()
-    dx = torch.ops.minids.grouped_gemm(dy, w.transpose(1, 2), ends) if ctx.needs_input_grad[0] else None
-    dw = torch.ops.minids.grouped_wgrad(dy, x, ends, w.dtype) if ctx.needs_input_grad[1] else None
+    dx = _grouped_gemm(dy, w.transpose(1, 2), ends) if ctx.needs_input_grad[0] else None
+    dw = _grouped_wgrad(dy, x, ends, w.dtype) if ctx.needs_input_grad[1] else None
     return dx, dw, None
 
 

@@ -29,6 +29,7 @@ from minids.kernels.backend import (
     check_shape,
     choose,
     jit,
+    registered,
     tl,
 )  # fmt: skip
 from minids.kernels.gemm_fp8 import prefers_gluon, scaled_sum, store_tile, tile_of
@@ -61,7 +62,7 @@ def grouped_fp8_gemm(
     _check(a, a_scale, b, b_scale, ends, out_dtype)
     if choose(backend, a, a_scale, b, b_scale, ends) == "torch":
         return reference(a, a_scale, b, b_scale, ends, out_dtype)
-    return torch.ops.minids.grouped_fp8_gemm(a, a_scale, b, b_scale, ends, out_dtype)
+    return _grouped_fp8_gemm(a, a_scale, b, b_scale, ends, out_dtype)
 
 
 def grouped_fp8_wgrad(dy: Tensor, x: Tensor, ends: Tensor, *, scale: str = "fp32", backend: str | None = None) -> Tensor:
@@ -84,7 +85,7 @@ def grouped_fp8_wgrad(dy: Tensor, x: Tensor, ends: Tensor, *, scale: str = "fp32
     (dy_t, dy_scale), (x_t, x_scale) = (quantize_tile_t(t, scale=scale, column_major=True, backend=name) for t in (dy, x))
     if name == "torch":
         return wgrad_reference(dy_t, dy_scale, x_t, x_scale, ends)
-    return torch.ops.minids.grouped_fp8_wgrad(dy_t, dy_scale, x_t, x_scale, ends)
+    return _grouped_fp8_wgrad(dy_t, dy_scale, x_t, x_scale, ends)
 
 
 # ---- reference ----
@@ -173,7 +174,7 @@ def launch_wgrad(
     return out
 
 
-@torch.library.custom_op("minids::grouped_fp8_gemm", mutates_args=())
+@registered("grouped_fp8_gemm")
 def _grouped_fp8_gemm(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, ends: Tensor, out_dtype: torch.dtype
 ) -> Tensor:
@@ -186,7 +187,7 @@ def _grouped_fp8_gemm(
     return launch(a, a_scale, b, b_scale, ends, out_dtype, FORWARD)
 
 
-@torch.library.custom_op("minids::grouped_fp8_wgrad", mutates_args=())
+@registered("grouped_fp8_wgrad")
 def _grouped_fp8_wgrad(dy_t: Tensor, dy_scale: Tensor, x_t: Tensor, x_scale: Tensor, ends: Tensor) -> Tensor:
     if len(dy_t) % TILE == 0 and x_t.shape[1] and prefers_gluon(len(dy_t) + 1, len(x_t), torch.float32, x_t.device):
         from minids.kernels import gemm_fp8_gluon

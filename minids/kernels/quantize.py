@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minids.kernels.backend import E4M3_MAX, TILE, cdiv, check, choose, jit, tl
+from minids.kernels.backend import E4M3_MAX, TILE, cdiv, check, choose, jit, registered, tl
 
 SCALES = ("fp32", "ue8m0")
 # The smallest amax whose scale is a normal FP32 number; below it amax / 448 would lose bits or become 0.
@@ -57,7 +57,7 @@ def quantize_tile(
     if choose(backend, x) == "torch":
         q, scale_inv = reference(x, scale)
         return q, _column_major(scale_inv) if column_major else scale_inv
-    return torch.ops.minids.quantize_tile(x, scale == "ue8m0", column_major)
+    return _quantize_tile(x, scale == "ue8m0", column_major)
 
 
 def quantize_tile_t(
@@ -68,7 +68,7 @@ def quantize_tile_t(
     _check(x, scale)
     if choose(backend, x) == "torch":
         return _reference_t(x, scale, column_major)
-    return torch.ops.minids.quantize_tile_t(x, scale == "ue8m0", column_major)
+    return _quantize_tile_t(x, scale == "ue8m0", column_major)
 
 
 def quantize_tile_both(
@@ -79,7 +79,7 @@ def quantize_tile_both(
     if choose(backend, x) == "torch":
         q, scale_inv = reference(x, scale)
         return q, _column_major(scale_inv) if column_major else scale_inv, *_reference_t(x, scale, column_major)
-    return torch.ops.minids.quantize_tile_both(x, scale == "ue8m0", column_major)
+    return _quantize_tile_both(x, scale == "ue8m0", column_major)
 
 
 # ---- reference ----
@@ -223,7 +223,7 @@ ROWS = {False: (1, 8), True: (16, 1)}  # scales row-major; column-major, where n
 COLUMNS_T, WARPS_T, WARPS_BOTH = 32, 2, 4
 
 
-@torch.library.custom_op("minids::quantize_tile", mutates_args=())
+@registered("quantize_tile")
 def _quantize_tile(x: Tensor, ue8m0: bool, column_major: bool) -> tuple[Tensor, Tensor]:
     (m, k), q, scale_inv = x.shape, *empty(x, column_major)
     if q.numel():
@@ -233,7 +233,7 @@ def _quantize_tile(x: Tensor, ue8m0: bool, column_major: bool) -> tuple[Tensor, 
     return q, scale_inv
 
 
-@torch.library.custom_op("minids::quantize_tile_t", mutates_args=())
+@registered("quantize_tile_t")
 def _quantize_tile_t(x: Tensor, ue8m0: bool, column_major: bool) -> tuple[Tensor, Tensor]:
     q_t, scale_t = _empty_t(x, column_major)
     if q_t.numel():
@@ -241,7 +241,7 @@ def _quantize_tile_t(x: Tensor, ue8m0: bool, column_major: bool) -> tuple[Tensor
     return q_t, scale_t
 
 
-@torch.library.custom_op("minids::quantize_tile_both", mutates_args=())
+@registered("quantize_tile_both")
 def _quantize_tile_both(x: Tensor, ue8m0: bool, column_major: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (q, scale_inv), (q_t, scale_t) = empty(x, column_major), _empty_t(x, column_major)
     if q.numel():

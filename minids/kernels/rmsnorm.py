@@ -13,7 +13,7 @@ Shapes: M rows, D columns.
 import torch
 from torch import Tensor
 
-from minids.kernels.backend import check, check_shape, choose, jit, multiprocessors, tl
+from minids.kernels.backend import check, check_shape, choose, jit, multiprocessors, registered, tl
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -44,7 +44,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str | Non
         raise ValueError(f"eps: got {eps}, expected a positive number")
     if choose(backend, x, weight) == "torch":
         return reference(x, weight, eps)
-    return torch.ops.minids.rms_norm(x, weight, eps)[0]
+    return _rms_norm(x, weight, eps)[0]
 
 
 def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -93,7 +93,7 @@ def _block(d: int) -> tuple[int, int]:
     return block, min(16, max(1, block // 512))
 
 
-@torch.library.custom_op("minids::rms_norm", mutates_args=())
+@registered("rms_norm")
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     (m, d), y, r = x.shape, x.new_empty(x.shape), x.new_empty(len(x), dtype=torch.float32)
     block, warps = _block(d)
@@ -102,7 +102,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return y, r
 
 
-@torch.library.custom_op("minids::rms_norm_backward", mutates_args=())
+@registered("rms_norm_backward")
 def _rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     (m, d), dx = x.shape, x.new_empty(x.shape)
     if m == 0:
@@ -131,7 +131,7 @@ def _save(ctx, inputs, output):
 
 
 def _gradients(ctx, dy: Tensor, _):
-    dx, dw = torch.ops.minids.rms_norm_backward(dy.contiguous(), *ctx.saved_tensors)
+    dx, dw = _rms_norm_backward(dy.contiguous(), *ctx.saved_tensors)
     return dx, dw, None
 
 

@@ -4,10 +4,13 @@
     group score = the sum of a group's two largest choices; the best topk_group groups stay
     indices = the K largest choices among them                 weights = scale * s_k / sum of the K chosen s
 
-The problem: as torch operations this reads and writes (N, E) a dozen times and sorts twice. Here a program keeps the
-scores of a few tokens in registers, and K times takes the largest and strikes it out. Equal choices: the lower index.
+    ds_k = (scale dw_k - sum_j dw_j w_j) / sum of the K chosen s        d logits = (ds + d scores) s (1 - s)
 
-Floor: logits read, scores written, 8 N E bytes, and the chosen ones.
+The problem: as torch operations this reads and writes (N, E) a dozen times and sorts twice. Here a program keeps the
+scores of a few tokens in registers, and K times takes the largest and strikes it out. Equal choices: the lower index. It
+also counts what each expert got; backward is one pass, too.
+
+Floor: logits read, scores written, 8 N E bytes, and the chosen ones; backward 12 N E at most.
 
 Shapes: N tokens, E experts (a power of two), G groups, K chosen.
 """
@@ -15,23 +18,25 @@ Shapes: N tokens, E experts (a power of two), G groups, K chosen.
 import torch
 from torch import Tensor
 
-from minids.kernels.backend import cdiv, check, check_shape, choose, jit, tl
+from minids.kernels.backend import cdiv, check, check_shape, choose, jit, registered, tl
 
 
 def router(
-    logits: Tensor, bias: Tensor, *, n_group: int, topk_group: int, k: int, scale: float, backend: str | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor, bias: Tensor, *, n_group: int, topk_group: int, k: int, scale: float, with_load: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:
     """Chooses K experts for every token.
 
     Args:
         logits: (N, E) float32, contiguous; differentiable. bias: (E,) float32.
         n_group: groups of adjacent experts, of at least two each; E, E / n_group powers of two for the kernel.
         topk_group: groups kept. k: experts chosen, at most as many as the kept groups have. scale: sum of a token's gates.
+        with_load: also return how many tokens chose each expert.
         backend: see `minids.kernels.backend`.
 
     Returns:
         weights (N, K) float32, indices (N, K) int64, best choice first, scores (N, E) float32. Gradients flow from
-        weights and scores to logits.
+        weights and scores to logits. ``with_load``: and load (E,) int64.
 
     Raises:
         TypeError, ValueError: with the value received, before anything is launched.
@@ -49,10 +54,13 @@ def router(
     if not 1 <= k <= topk_group * (e // n_group):
         raise ValueError(f"k: got {k}, expected 1 to the {topk_group * (e // n_group)} experts of the groups kept")
     if choose(backend, logits, bias) == "torch":
-        return reference(logits, bias, n_group, topk_group, k, scale)
-    if e & (e - 1):
-        raise ValueError(f"logits: got {e} experts, expected a power of two")
-    return torch.ops.minids.router(logits, bias, n_group, topk_group, k, scale)
+        weights, indices, scores = reference(logits, bias, n_group, topk_group, k, scale)
+        load = torch.bincount(indices.flatten(), minlength=e) if with_load else None
+    else:
+        if e & (e - 1):
+            raise ValueError(f"logits: got {e} experts, expected a power of two")
+        weights, indices, scores, load = _router_op(logits, bias, n_group, topk_group, k, scale)
+    return (weights, indices, scores, load) if with_load else (weights, indices, scores)
 
 
 def reference(
@@ -72,7 +80,7 @@ def reference(
 
 
 @jit(varying=("N",))
-def _router(logits_ptr, bias_ptr, weights_ptr, indices_ptr, scores_ptr, N, scale,
+def _router(logits_ptr, bias_ptr, weights_ptr, indices_ptr, scores_ptr, load_ptr, N, scale,
             E: tl.constexpr, G: tl.constexpr, TOPK_GROUP: tl.constexpr, K: tl.constexpr, K_POWER: tl.constexpr,
             ROWS: tl.constexpr):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -100,6 +108,7 @@ def _router(logits_ptr, bias_ptr, weights_ptr, indices_ptr, scores_ptr, N, scale
     slot = tl.arange(0, K_POWER)[None, :]
     chosen = tl.zeros((ROWS, K_POWER), dtype=tl.float32)
     indices = tl.zeros((ROWS, K_POWER), dtype=tl.int64)
+    load = tl.zeros((ROWS, E), dtype=tl.int64)
     for i in tl.static_range(K):
         index = tl.argmax(choice, axis=1)
         struck = expert[None, :] == index[:, None]
@@ -107,29 +116,72 @@ def _router(logits_ptr, bias_ptr, weights_ptr, indices_ptr, scores_ptr, N, scale
         chosen = tl.where(slot == i, value[:, None], chosen)
         indices = tl.where(slot == i, index[:, None].to(tl.int64), indices)
         choice = tl.where(struck, float("-inf"), choice)
+        load += (struck & mask).to(tl.int64)
+    tl.atomic_add(load_ptr + expert, tl.sum(load, axis=0))  # of integers: the order of additions changes nothing
     weights = scale * chosen / (tl.sum(chosen, axis=1)[:, None] + 1e-20)
     out, mask = row[:, None] * K + slot, mask & (slot < K)
     tl.store(weights_ptr + out, weights, mask=mask)
     tl.store(indices_ptr + out, indices, mask=mask)
 
 
-@torch.library.custom_op("minids::router", mutates_args=())
+@jit(varying=("N",))
+def _backward(d_weights_ptr, d_scores_ptr, weights_ptr, indices_ptr, scores_ptr, out_ptr, N, scale,
+              E: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, WEIGHTS: tl.constexpr, SCORES: tl.constexpr):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    expert = tl.arange(0, E)[None, :]
+    at, inside = row[:, None] * E + expert, row < N
+    mask = inside[:, None]
+    scores = tl.load(scores_ptr + at, mask=mask, other=0.0)
+    d = tl.zeros((ROWS, E), dtype=tl.float32)
+    if SCORES:
+        d = tl.load(d_scores_ptr + at, mask=mask, other=0.0)
+    if WEIGHTS:
+        chosen, inner = tl.zeros((ROWS,), dtype=tl.float32), tl.zeros((ROWS,), dtype=tl.float32)
+        for k in tl.static_range(K):
+            index = tl.load(indices_ptr + row * K + k, mask=inside, other=0).to(tl.int32)
+            chosen += tl.sum(tl.where(expert == index[:, None], scores, 0.0), axis=1)
+            d_weight = tl.load(d_weights_ptr + row * K + k, mask=inside, other=0.0)
+            inner += d_weight * tl.load(weights_ptr + row * K + k, mask=inside, other=0.0)
+        for k in tl.static_range(K):
+            index = tl.load(indices_ptr + row * K + k, mask=inside, other=0).to(tl.int32)
+            d_weight = tl.load(d_weights_ptr + row * K + k, mask=inside, other=0.0)
+            d_chosen = (scale * d_weight - inner) / (chosen + 1e-20)
+            d += tl.where(expert == index[:, None], d_chosen[:, None], 0.0)
+    tl.store(out_ptr + at, d * scores * (1.0 - scores), mask=mask)
+
+
+@registered("router")
 def _router_op(
     logits: Tensor, bias: Tensor, n_group: int, topk_group: int, k: int, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, e = logits.shape
-    weights, indices, scores = _empty(logits, k)
+    weights, indices, scores, load = found = _empty(logits, k)
+    load.zero_()
     if n:
         k_power, rows = 1 << (k - 1).bit_length(), 8
         _router[(cdiv(n, rows),)](
-            logits, bias, weights, indices, scores, n, scale, e, n_group, topk_group, k, k_power, rows, num_warps=4
+            logits, bias, weights, indices, scores, load, n, scale, e, n_group, topk_group, k, k_power, rows, num_warps=4
         )
-    return weights, indices, scores
+    return found
 
 
-def _empty(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    n = logits.shape[0]
-    return logits.new_empty((n, k)), logits.new_empty((n, k), dtype=torch.int64), logits.new_empty(logits.shape)
+@registered("router_backward")
+def _router_backward(
+    d_weights: Tensor | None, d_scores: Tensor | None, weights: Tensor, indices: Tensor, scores: Tensor, scale: float
+) -> Tensor:
+    (n, e), out, rows = scores.shape, scores.new_empty(scores.shape), 8
+    if n:
+        _backward[(cdiv(n, rows),)](
+            scores if d_weights is None else d_weights, scores if d_scores is None else d_scores, weights, indices, scores,
+            out, n, scale, e, indices.shape[1], rows, d_weights is not None, d_scores is not None, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def _empty(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, e = logits.shape
+    indices, load = logits.new_empty((n, k), dtype=torch.int64), logits.new_empty(e, dtype=torch.int64)
+    return logits.new_empty((n, k)), indices, logits.new_empty(logits.shape), load
 
 
 @_router_op.register_fake
@@ -137,21 +189,24 @@ def _(logits, bias, n_group, topk_group, k, scale):
     return _empty(logits, k)
 
 
+@_router_backward.register_fake
+def _(d_weights, d_scores, weights, indices, scores, scale):
+    return scores.new_empty(scores.shape)
+
+
 def _save(ctx, inputs, output):
-    weights, indices, scores = output
+    weights, indices, scores, load = output
     ctx.scale = inputs[-1]
     ctx.save_for_backward(weights, indices, scores)
-    ctx.mark_non_differentiable(indices)
+    ctx.mark_non_differentiable(indices, load)
+    ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, d_weights: Tensor | None, _, d_scores: Tensor | None):
-    """w_k = c s_k / S:  ds_k = (c dw_k - sum_j dw_j w_j) / S, then the sigmoid's s (1 - s)."""
-    weights, indices, scores = ctx.saved_tensors
-    total = scores.gather(-1, indices).sum(-1, keepdim=True) + 1e-20
-    d = torch.zeros_like(scores) if d_scores is None else d_scores.clone()
-    if d_weights is not None:
-        d.scatter_add_(-1, indices, (ctx.scale * d_weights - (d_weights * weights).sum(-1, keepdim=True)) / total)
-    return d * scores * (1 - scores), None, None, None, None, None
+def _gradients(ctx, d_weights: Tensor | None, _, d_scores: Tensor | None, __):
+    d_weights, d_scores = (None if d is None else d.contiguous() for d in (d_weights, d_scores))
+    if d_weights is None and d_scores is None:
+        return None, None, None, None, None, None
+    return _router_backward(d_weights, d_scores, *ctx.saved_tensors, ctx.scale), None, None, None, None, None
 
 
 _router_op.register_autograd(_gradients, setup_context=_save)

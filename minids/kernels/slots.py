@@ -11,7 +11,7 @@ Layout: y (M, D) row-major, slot (N, K) row-major. Shapes: M slots, N tokens, K 
 import torch
 from torch import Tensor
 
-from minids.kernels.backend import cdiv, check, choose, jit, tl
+from minids.kernels.backend import cdiv, check, choose, jit, registered, tl
 
 
 def combine(y: Tensor, slot: Tensor, *, backend: str | None = None) -> Tensor:
@@ -34,7 +34,7 @@ def combine(y: Tensor, slot: Tensor, *, backend: str | None = None) -> Tensor:
         raise ValueError(f"y, slot: got strides {y.stride()} and {slot.stride()}, expected unit stride inside rows")
     if choose(backend, y, slot) == "torch":
         return reference(y, slot)
-    return torch.ops.minids.combine(y, slot)
+    return _combine_op(y, slot)
 
 
 def reference(y: Tensor, slot: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def _combine(y_ptr, slot_ptr, out_ptr, D, y_stride, K: tl.constexpr, BLOCK: tl.c
     tl.store(out_ptr + token * D + column, total.to(tl.bfloat16), mask=column < D)
 
 
-@torch.library.custom_op("minids::combine", mutates_args=())
+@registered("combine")
 def _combine_op(y: Tensor, slot: Tensor) -> Tensor:
     (n, k), d = slot.shape, y.shape[1]
     out = y.new_empty((n, d))

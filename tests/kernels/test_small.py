@@ -65,6 +65,25 @@ def test_router_is_the_models(where, sizes):
     torch.testing.assert_close(made.grad, expected.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("used", ["weights", "scores"])
+def test_router_with_one_of_its_gradients(where, used):
+    """The load counts every choice; a result that nobody used sends no gradient."""
+    backend, device = where
+    made, expected = (logits_of(13, 16, device).requires_grad_() for _ in range(2))
+    sizes = {"n_group": 4, "topk_group": 2, "k": 3, "scale": 2.5}
+    weights, indices, scores, load = router(made, torch.zeros(16, device=device), **sizes, with_load=True, backend=backend)
+    assert torch.equal(load, torch.bincount(indices.flatten(), minlength=16))
+    plain = expected.sigmoid()
+    chosen = plain.gather(-1, indices)
+    if used == "weights":
+        weights.square().sum().backward()
+        (2.5 * chosen / chosen.sum(-1, keepdim=True)).square().sum().backward()
+    else:
+        scores.square().sum().backward()
+        plain.square().sum().backward()
+    torch.testing.assert_close(made.grad, expected.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_router_of_equal_scores_takes_the_first(kernel):
     weights, indices, _ = router(
         torch.zeros(3, 16, device=kernel), torch.zeros(16, device=kernel), n_group=4, topk_group=2, k=3, scale=2.5,
@@ -156,5 +175,9 @@ def test_registered(kernel):
     logits = logits_of(4, 16, kernel).requires_grad_()
     args = (logits, torch.zeros(16, device=kernel), 4, 2, 3, 2.5)
     torch.library.opcheck(torch.ops.minids.router.default, args, test_utils=checks)
+    weights, indices, scores, _ = (t.detach() for t in torch.ops.minids.router(*args))
+    for d_weights, d_scores in ((weights, scores), (None, scores), (weights, None)):
+        args = (d_weights, d_scores, weights, indices, scores, 2.5)
+        torch.library.opcheck(torch.ops.minids.router_backward.default, args, test_utils=checks[:2])
     labels = torch.arange(4, device=kernel)
     torch.library.opcheck(torch.ops.minids.cross_entropy_.default, (tame(4, 40, kernel), labels), test_utils=checks[:2])
