@@ -1,11 +1,12 @@
 """The measurements of notebook 06: `python -m minids.bench kernel_ladder --json figures/bench/kernel_ladder.json`.
 
-Five questions, one run on one GPU, so that the figures compare:
+Six questions, one run on one GPU, so that the figures compare:
 
     ladder      what does each rung of `ladder_kernels` reach, beside the package's kernel, torch and the vendor's?
     limits      bytes a second from memory and from L2, operations a second of the tensor core
     waves       what do the last tiles cost? the FP8 product over M, where the number of tiles passes multiples of 132
     heads       when does MLA decoding turn from bound by memory to bound by arithmetic?
+    zeros       how much faster is a product of zeros, on which no kernel should be timed?
     adding      how does the tensor core add? the error of long sums, promoted every 128 or not
 
 Timed as in `minids.bench.gpu`: CUDA graphs, every candidate in every round in rotating order, medians. Inputs are random
@@ -50,13 +51,14 @@ def run(rounds: int) -> Report:
         torch.cuda.empty_cache()
     report.rows = [row for entry in ladders for row in table_rows(entry)]
     report.data = {
-        "limits": limits, "ladders": ladders, "waves": waves(rounds), "heads": heads(limits, rounds), "adding": adding(),
+        "limits": limits, "ladders": ladders, "waves": waves(rounds), "heads": heads(limits, rounds),
+        "zeros": zeros(rounds), "adding": adding(), "triton": kernels.backend.triton.__version__,
         "multiprocessors": kernels.backend.multiprocessors(torch.device("cuda", 0)),
-        "triton": kernels.backend.triton.__version__,
     }  # fmt: skip
     report.notes.append(f"limits: {', '.join(f'{name} {value:.4g}' for name, value in limits.items())}")
     for row in report.data["heads"]:
         report.notes.append(f"MLA decoding, {row['heads']} heads: {row['bytes_rate']:.3g} TB/s, {row['rate']:.4g} TFLOP/s")
+    report.notes.append(f"the same product, TFLOP/s: {report.data['zeros']}")
     for row in report.data["adding"]:
         report.notes.append(f"sums of {row['k']}: lost {row['lost']}")
     return report
@@ -172,6 +174,16 @@ def heads(limits: Limits, rounds: int) -> list[dict[str, Any]]:
             "intensity": work / n_bytes, "share_of_floor": floor / seconds,
         })  # fmt: skip
     return found
+
+
+def zeros(rounds: int) -> dict[str, float]:
+    """The rate of one FP8 product of random numbers and of zeros."""
+    m, n, k = SHAPES[1]
+    w = kernels.quantize_block(normal(n, k))
+    factors = {"random": (*kernels.quantize_tile(normal(m, k), column_major=True), *w)}
+    factors["zeros"] = tuple(torch.zeros_like(t) for t in factors["random"])
+    calls = {name: record(lambda f=f: kernels.fp8_gemm(*f)) for name, f in factors.items()}
+    return {name: 2 * m * n * k / median(t) / 1e12 for name, t in time_all(calls, rounds).items()}
 
 
 def adding() -> list[dict[str, Any]]:
