@@ -10,7 +10,8 @@ The problem: few rows and long texts leave most multiprocessors idle. So each ro
 each keeps the running maximum m and sum l of its exponentials and a sum of values scaled to that maximum, and a second
 kernel joins the parts: out = sum_s w_s part_s, w_s proportional to exp(logsumexp_s).
 
-Floors: 2 H (2 C + R) operations a cached token; (C + R) numbers of the cache a token, for every 64 heads.
+Floors: 2 H (2 C + R) operations a cached token; 2 (C + R) bytes of the cache a token, from memory once (programs for
+other heads of the row find them in the L2 cache).
 
 Layout: pages (P, S, C + R) contiguous; token j of row b is place j % S of page table[b, j // S].
 Shapes: B rows, H heads, C latent, R rope, P pages, S slots a page.
@@ -23,6 +24,8 @@ from minids.kernels.backend import TensorDescriptor, cdiv, check, check_rows, ch
 
 BF16 = torch.bfloat16
 HEADS = 64  # heads of a program: what one tensor core instruction multiplies
+START = 3  # pages: see splits_for
+MOST_SPLITS = 256
 
 
 def mla_decode(
@@ -32,10 +35,11 @@ def mla_decode(
 
     Args:
         q: (B, H, C + R) bfloat16: query times W_UK, then its rotated part. Contiguous.
-        pages: (P, S, C + R) bfloat16, contiguous; for the kernel S is 64, and C and R are powers of two from 16 on.
+        pages: (P, S, C + R) bfloat16, contiguous; for the kernel S is 64, C and R are powers of two from 16 on, and
+            slots of a row's pages that do not count hold finite numbers (their weight is 0).
         table: (B, pages a row) int32: the row's pages in order. lengths: (B,) int32: tokens that count, the new one
             included. Not checked on the device.
-        rank: C. scale: of the scores.
+        rank: C. scale: of the scores, positive.
         backend: see `minids.kernels.backend`.
 
     Returns:
@@ -45,6 +49,8 @@ def mla_decode(
         TypeError, ValueError: with the value received, before anything is launched.
     """
     _check(q, pages, table, lengths, rank)
+    if not scale > 0:
+        raise ValueError(f"scale: got {scale}, expected a positive number")
     if choose(backend, q, pages, table, lengths) == "torch":
         return reference(q, pages, table, lengths, rank, scale)
     rope = q.shape[-1] - rank
@@ -99,49 +105,64 @@ def _attend(q_ptr, c_desc, r_desc, table_ptr, lengths_ptr, out_ptr, sums_ptr, H,
     out = tl.where(total[:, None] > 0, out / total[:, None], 0.0)
     part = (row * SPLITS + split) * H + head
     tl.store(out_ptr + part[:, None] * C + tl.arange(0, C)[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
-    if SPLITS > 1:
+    if SPLITS > 1:  # else nobody asks
         tl.store(sums_ptr + part, tl.where(total > 0, largest + tl.log2(total), float("-inf")), mask=head < H)
 
 
-@jit(varying=("H",))
-def _join(parts_ptr, sums_ptr, out_ptr, H, C: tl.constexpr, SPLITS: tl.constexpr, SPLITS_POWER: tl.constexpr):
-    """One program: the parts of one head of one row."""
+@jit(varying=("H", "SPLITS"))
+def _join(parts_ptr, sums_ptr, out_ptr, H, SPLITS, C: tl.constexpr, POWER: tl.constexpr, BS: tl.constexpr):
+    """One program: the parts of one head of one row, BS at a time. POWER: a power of two, at least SPLITS."""
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    split = tl.arange(0, SPLITS_POWER)
-    part = (row * SPLITS + split) * H + head
-    sums = tl.load(sums_ptr + part, mask=split < SPLITS, other=float("-inf"))
-    top = tl.max(sums, 0)
-    weights = tl.where(sums == float("-inf"), 0.0, tl.exp2(sums - top))
-    weights = weights / tl.maximum(tl.sum(weights, 0), 1e-30)
-    at = parts_ptr + part[:, None] * C + tl.arange(0, C)[None, :]
-    parts = tl.load(at, mask=(split < SPLITS)[:, None], other=0.0)
-    out = tl.sum(parts * weights[:, None], 0)
-    tl.store(out_ptr + (row * H + head) * C + tl.arange(0, C), out.to(tl.bfloat16))
+    split, column = tl.arange(0, POWER), tl.arange(0, C)
+    first = row * SPLITS * H + head
+    sums = tl.load(sums_ptr + first + split * H, mask=split < SPLITS, other=float("-inf"))
+    top = tl.maximum(tl.max(sums, 0), -1e30)  # finite where no token counts
+    whole = tl.maximum(tl.sum(tl.exp2(sums - top), 0), 1e-30)
+    out = tl.zeros((C,), tl.float32)
+    for begin in range(0, SPLITS, BS):
+        split = begin + tl.arange(0, BS)
+        mine = split < SPLITS
+        weights = tl.exp2(tl.load(sums_ptr + first + split * H, mask=mine, other=float("-inf")) - top) / whole
+        at = parts_ptr + (first + split * H)[:, None] * C + column[None, :]
+        out += tl.sum(tl.load(at, mask=mine[:, None], other=0.0) * weights[:, None], 0)
+    tl.store(out_ptr + (row * H + head) * C + column, out.to(tl.bfloat16))
 
 
 def splits_for(rows: int, heads: int, pages: int, processors: int) -> int:
-    """Programs a row's pages are divided among: enough to fill the device, none for less than two pages."""
-    wanted = cdiv(processors, rows * cdiv(heads, HEADS))
-    return max(1, min(wanted, cdiv(pages, 2), 64))
+    """Programs that a row's pages are divided among: the number whose waves end first. A multiprocessor holds one program,
+    and starting and ending one takes about as long as START pages."""
+    units = rows * cdiv(heads, HEADS)
+
+    def waves_end(splits: int) -> int:
+        return cdiv(units * splits, processors) * (cdiv(pages, splits) + START) + (START if splits > 1 else 0)
+
+    return min(range(1, max(1, min(pages, MOST_SPLITS)) + 1), key=waves_end)
 
 
 @torch.library.custom_op("minids::mla_decode", mutates_args=())
 def _mla_decode(q: Tensor, pages: Tensor, table: Tensor, lengths: Tensor, rank: int, scale: float) -> Tensor:
-    (b, h, d), out = q.shape, q.new_empty((*q.shape[:2], rank))
+    (b, h, _), out = q.shape, q.new_empty((*q.shape[:2], rank))
     if out.numel() == 0:
         return out
     check_rows("pages", pages)
     splits = splits_for(b, h, table.shape[1], multiprocessors(q.device))
     parts = out if splits == 1 else q.new_empty((b, splits, h, rank), dtype=torch.float32)
-    sums = parts if splits == 1 else q.new_empty((b, splits, h), dtype=torch.float32)
-    latent = pages.flatten(0, 1)
+    sums = q.new_empty((b, splits, h), dtype=torch.float32)
+    _attend_triton(q, pages, table, lengths, parts, sums, scale, splits)
+    if splits > 1:
+        _join[(h, b)](parts, sums, out, h, splits, rank, 1 << (splits - 1).bit_length(), 8, num_warps=4)
+    return out
+
+
+def _attend_triton(
+    q: Tensor, pages: Tensor, table: Tensor, lengths: Tensor, out: Tensor, sums: Tensor, scale: float, splits: int
+) -> None:
+    """Fills out (B, SPLITS, H, C), each part divided by its sum of exponentials, and sums (B, SPLITS, H), their log2."""
+    (b, h, d), rank, latent = q.shape, out.shape[-1], pages.flatten(0, 1)
     _attend[(cdiv(h, HEADS), b, splits)](
         q, TensorDescriptor.from_tensor(latent, [64, rank]), TensorDescriptor.from_tensor(latent, [64, d - rank]), table,
-        lengths, parts, sums, h, table.stride(0), scale, rank, d - rank, HEADS, splits, num_warps=8, num_stages=2,
+        lengths, out, sums, h, table.stride(0), scale, rank, d - rank, HEADS, splits, num_warps=8, num_stages=2,
     )  # fmt: skip
-    if splits > 1:
-        _join[(h, b)](parts, sums, out, h, rank, splits, 1 << (splits - 1).bit_length(), num_warps=4)
-    return out
 
 
 @_mla_decode.register_fake
