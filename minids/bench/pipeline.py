@@ -51,20 +51,22 @@ from minids.train.settings import TrainConfig
 LIMIT = 1e-5  # of the largest difference of a gradient to one process, relative
 RANKS = int(os.environ.get("WORLD_SIZE", 4))
 LAYERS, MICRO_BATCHES = 8, 16
-# (changes of the model, tokens in a micro-batch): a stage should take milliseconds, or its start is all that is timed.
+# changes of the model, rows and tokens of a micro-batch, precision: a stage should take milliseconds, or its start is all
+# that is timed. Few experts, whose weights are read for every micro-batch; BF16, or autocast would cast them as often.
 SIZES = {
-    "cuda": (dict(hidden_size=2048, intermediate_size=5632, moe_intermediate_size=704, num_attention_heads=16,
-                  num_key_value_heads=16, vocab_size=16384, n_routed_experts=32, num_experts_per_tok=4, q_lora_rank=512,
-                  kv_lora_rank=256, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128), 4096),
-    "cpu": (dict(), 64),
+    "cuda": (dict(hidden_size=3072, intermediate_size=8192, moe_intermediate_size=1536, num_attention_heads=16,
+                  num_key_value_heads=16, vocab_size=16384, n_routed_experts=8, num_experts_per_tok=4, n_group=4,
+                  topk_group=2, q_lora_rank=768, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
+                  v_head_dim=128), 2, 4096, "bf16"),
+    "cpu": (dict(), 1, 64, "fp32"),
 }  # fmt: skip
 
 
-def bench_model(device: torch.device) -> tuple[ModelConfig, int]:
-    """The model whose steps are timed, and the tokens of a micro-batch."""
-    changes, length = SIZES[device.type]
+def bench_model(device: torch.device) -> tuple[ModelConfig, int, int, str]:
+    """The model whose steps are timed, rows and tokens a row of a micro-batch, the precision."""
+    changes, *rest = SIZES[device.type]
     return ModelConfig.preset("toy").replace(
-        **{"num_hidden_layers": LAYERS, "max_position_embeddings": 4096, "initializer_range": 0.02, **changes}), length
+        **{"num_hidden_layers": LAYERS, "max_position_embeddings": 4096, "initializer_range": 0.02, **changes}), *rest
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -128,15 +130,15 @@ def hop_seconds(hidden: Tensor, rounds: int = 10) -> float:
 
 def step_times(name: str, device: torch.device, rounds: int) -> dict:
     """Seconds of a schedule's step, measured and predicted, with what the prediction was made from."""
-    cfg, length = bench_model(device)
-    config = TrainConfig(pipeline=name, device=str(device), micro_batch=1)
+    cfg, size, length, precision = bench_model(device)
+    config = TrainConfig(pipeline=name, device=str(device), micro_batch=size, precision=precision)
     torch.manual_seed(0)
     pipeline = Pipeline(Placement.plan(config, cfg, dist.get_world_size()), config, device)
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(0, cfg.vocab_size, (MICRO_BATCHES, length + 1), generator=generator)
+    tokens = torch.randint(0, cfg.vocab_size, (MICRO_BATCHES * size, length + 1), generator=generator)
     ids = torch.zeros_like(tokens)
     pipeline.compute_gradients(tokens, ids, 0.3, MICRO_BATCHES)  # warms up, and fills buffers
-    engine, steps, whole, rows = pipeline.engine(MICRO_BATCHES, 1, length), [], [], []
+    engine, steps, whole, rows = pipeline.engine(MICRO_BATCHES, size, length), [], [], []
     run = engine.run
     for _ in range(rounds):
         pipeline.optimizer.zero_grad()
@@ -151,23 +153,23 @@ def step_times(name: str, device: torch.device, rounds: int) -> dict:
     measured = torch.tensor([steps, whole], dtype=torch.float64, device=device)
     dist.all_reduce(measured, op=dist.ReduceOp.MAX)  # a step is over when the last rank is
     times = all_stage_times(pipeline, engine, rounds)
-    hop = hop_seconds(torch.zeros(1, length, cfg.hidden_size, dtype=pipeline.dtype, device=device))
+    hop = hop_seconds(torch.zeros(size, length, cfg.hidden_size, dtype=pipeline.dtype, device=device))
     weights = [min(w, b) for w, b in zip(times["W"], times["B"], strict=True)]
     timeline = engine.schedule.simulate(f=times["F"], b=times["B"], w=weights, i=times["I"], comm=hop)
     steps, whole = (sorted(row) for row in measured.tolist())
     return {"measured_s": median(steps), "measured_all_s": steps, "with_reductions_s": median(whole),
             "predicted_s": float(timeline.makespan), "ratio": median(steps) / float(timeline.makespan),
             "predicted_bubble_share": [float(share) for share in timeline.bubble_share], "stage_seconds": times,
-            "hop_s": hop, "tokens_per_second": MICRO_BATCHES * length / median(whole),
+            "hop_s": hop, "tokens_per_second": MICRO_BATCHES * size * length / median(whole),
             "recorded": gather_rows(rows, device)}  # fmt: skip
 
 
 def header(device: torch.device) -> dict:
     """What must be the same for figures to stand in one file."""
-    cfg, length = bench_model(device)
+    cfg, size, length, precision = bench_model(device)
     return {"machine": environment(), "device": device.type, "backend": dist.get_backend(), "ranks": dist.get_world_size(),
-            "devices": _device_names(device), "micro_batches": MICRO_BATCHES, "tokens_a_micro_batch": length,
-            "parameters": cfg.count()["main"] + cfg.count()["mtp"], "limit": LIMIT}  # fmt: skip
+            "devices": _device_names(device), "micro_batches": MICRO_BATCHES, "tokens_a_micro_batch": size * length,
+            "precision": precision, "parameters": cfg.count()["main"] + cfg.count()["mtp"], "limit": LIMIT}  # fmt: skip
 
 
 def work(device: torch.device, options: argparse.Namespace) -> dict:

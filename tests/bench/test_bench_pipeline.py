@@ -21,6 +21,6 @@ def test_a_schedule_that_is_not_one_process_misses_its_target():
 
 def test_the_timed_model_divides_into_the_stages_of_every_schedule():
     for kind in SIZES:
-        changes, length = SIZES[kind]
-        cfg, tokens = bench_model(torch.device(kind))
-        assert isinstance(cfg, ModelConfig) and tokens == length and cfg.num_hidden_layers % (2 * RANKS) == 0
+        cfg, rows, length, precision = bench_model(torch.device(kind))
+        assert isinstance(cfg, ModelConfig) and (rows, length, precision) == SIZES[kind][1:]
+        assert cfg.num_hidden_layers % (2 * RANKS) == 0
