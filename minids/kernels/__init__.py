@@ -1,23 +1,47 @@
 """Kernels: each operation a file with its PyTorch reference, its Triton kernel and the choice between them (V3 3.3, 3.5).
 
-`backend` says how the choice is made. Triton is optional.
+`backend` says how the choice is made. Triton is optional, and takes half a second to import: so a file is loaded when the
+first of its names is asked for.
 """
 
-from minids.kernels.activation import swiglu, swiglu_quantize
-from minids.kernels.block import dequantize_block, quantize_block
-from minids.kernels.cross_entropy import cross_entropy_, linear_cross_entropy
-from minids.kernels.dispatch import plan_slots
-from minids.kernels.gemm_fp8 import fp8_gemm
-from minids.kernels.grouped import grouped_gemm, grouped_wgrad
-from minids.kernels.grouped_fp8 import grouped_fp8_gemm, grouped_fp8_wgrad
-from minids.kernels.latent_attention import mla_decode
-from minids.kernels.quantize import quantize_tile, quantize_tile_both, quantize_tile_t
-from minids.kernels.rmsnorm import rms_norm
-from minids.kernels.routing import router
-from minids.kernels.slots import combine
+import os
+from importlib import import_module
 
-__all__ = [
-    "combine", "cross_entropy_", "dequantize_block", "fp8_gemm", "grouped_fp8_gemm", "grouped_fp8_wgrad", "grouped_gemm",
-    "grouped_wgrad", "linear_cross_entropy", "mla_decode", "plan_slots", "quantize_block", "quantize_tile",
-    "quantize_tile_both", "quantize_tile_t", "rms_norm", "router", "swiglu", "swiglu_quantize",
-]  # fmt: skip
+from torch import Tensor
+
+FILES = {
+    "activation": ("swiglu", "swiglu_quantize"),
+    "block": ("dequantize_block", "quantize_block"),
+    "cross_entropy": ("cross_entropy_", "linear_cross_entropy"),
+    "dispatch": ("plan_slots",),
+    "experts": ("routed_experts",),
+    "gemm_fp8": ("fp8_gemm",),
+    "grouped": ("grouped_gemm", "grouped_wgrad"),
+    "grouped_fp8": ("grouped_fp8_gemm", "grouped_fp8_wgrad"),
+    "latent_attention": ("mla_decode",),
+    "quantize": ("quantize_tile", "quantize_tile_both", "quantize_tile_t"),
+    "rmsnorm": ("rms_norm",),
+    "routing": ("router",),
+    "slots": ("combine",),
+}
+FILE_OF = {name: file for file, names in FILES.items() for name in names}
+__all__ = ["uses_kernels", *FILE_OF]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def uses_kernels(x: Tensor) -> bool:
+    """Whether a layer of the model that got x runs kernels. On the CPU outside Triton's interpreter never, whatever
+    MINIDS_KERNELS says: there the model has ways of its own."""
+    if x.is_cpu and not INTERPRETED:
+        return False
+    from minids.kernels.backend import choose
+
+    return choose(None, x) == "triton"
+
+
+def __getattr__(name: str):
+    if name not in FILE_OF:
+        raise AttributeError(f"module 'minids.kernels' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    found = getattr(import_module(f"{__name__}.{FILE_OF[name]}"), name)
+    globals()[name] = found
+    return found

@@ -70,12 +70,6 @@ def choose(backend: str | None, *tensors: Tensor) -> str:
     return name
 
 
-def uses_kernels(x: Tensor) -> bool:
-    """Whether a layer of the model that got x runs kernels. On the CPU outside the interpreter never, whatever the
-    variable says: there the model has ways of its own."""
-    return (INTERPRETED or not x.is_cpu) and choose(None, x) == "triton"
-
-
 class Operation:
     """A function of tensors, registered with torch.library as `minids::name`, for all that traces: torch.compile, fake
     tensors, selective checkpoints. Where nothing does, it is called as it is: torch's way through the dispatcher and back

@@ -85,17 +85,22 @@ def reference(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, backend: str | None) -> Tensor:
-        loss = hidden.new_zeros((), dtype=torch.float32)
-        d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=torch.float32)
+        with_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        losses, labels = [], labels.contiguous()
+        d_hidden = torch.empty_like(hidden) if with_gradient else None
+        d_weight = None
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             logits = hidden[part] @ weight.t()
-            loss += cross_entropy_(logits, labels[part].contiguous(), backend=backend).sum()
-            torch.mm(logits, weight, out=d_hidden[part])
-            d_weight += logits.t() @ hidden[part]
-        ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
-        return loss
+            losses.append(cross_entropy_(logits, labels[part], backend=backend).sum())
+            if with_gradient:
+                torch.mm(logits, weight, out=d_hidden[part])
+                d_part = (logits.t() @ hidden[part]).float()
+                d_weight = d_part if d_weight is None else d_weight.add_(d_part)
+        if with_gradient:
+            d_weight = torch.zeros_like(weight) if d_weight is None else d_weight.to(weight.dtype)
+        ctx.save_for_backward(d_hidden, d_weight)
+        return torch.stack(losses).sum() if losses else hidden.new_zeros((), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx, d_loss: Tensor):

@@ -18,16 +18,19 @@ from minids.kernels.backend import check, check_shape, choose, jit, multiprocess
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str | None = None) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, *, out_dtype: torch.dtype | None = None, backend: str | None = None
+) -> Tensor:
     """RMSNorm over the last dimension. Differentiable in x and weight.
 
     Args:
         x: (M, D) BF16, FP16 or FP32, unit stride inside rows. weight: (D,) of any of these types, contiguous.
         eps: positive.
+        out_dtype: of the result, one of these types; None is x's.
         backend: see `minids.kernels.backend`.
 
     Returns:
-        (M, D) in x's dtype.
+        (M, D) in out_dtype.
 
     Raises:
         TypeError, ValueError: with the value received, before anything is launched.
@@ -42,15 +45,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str | Non
         )
     if not eps > 0:
         raise ValueError(f"eps: got {eps}, expected a positive number")
+    if out_dtype is not None and out_dtype not in DTYPES:
+        raise TypeError(f"out_dtype: got {out_dtype}, expected {' or '.join(map(str, DTYPES))}")
     if choose(backend, x, weight) == "torch":
-        return reference(x, weight, eps)
-    return _rms_norm(x, weight, eps)[0]
+        return reference(x, weight, eps, out_dtype)
+    return _rms_norm(x, weight, eps, out_dtype)[0]
 
 
-def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def reference(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype | None = None) -> Tensor:
     """The specification; its gradients are autograd's."""
     wide = x.float()
-    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.float()).to(x.dtype)
+    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.float()).to(out_dtype or x.dtype)
 
 
 # ---- Triton ----
@@ -94,8 +99,8 @@ def _block(d: int) -> tuple[int, int]:
 
 
 @registered("rms_norm")
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    (m, d), y, r = x.shape, x.new_empty(x.shape), x.new_empty(len(x), dtype=torch.float32)
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    (m, d), (y, r) = x.shape, _empty(x, out_dtype)
     block, warps = _block(d)
     if m:
         _forward[(m,)](x, weight, y, r, m, d, x.stride(0), eps, block, num_warps=warps)
@@ -114,9 +119,13 @@ def _rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tupl
     return dx, parts.sum(0).to(weight.dtype)
 
 
+def _empty(x: Tensor, out_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=out_dtype or x.dtype), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
 @_rms_norm.register_fake
-def _(x, weight, eps):
-    return x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=torch.float32)
+def _(x, weight, eps, out_dtype=None):
+    return _empty(x, out_dtype)
 
 
 @_rms_norm_backward.register_fake
@@ -125,14 +134,14 @@ def _(dy, x, weight, r):
 
 
 def _save(ctx, inputs, output):
-    x, weight, _ = inputs
+    x, weight = inputs[:2]
     ctx.save_for_backward(x, weight, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _gradients(ctx, dy: Tensor, _):
     dx, dw = _rms_norm_backward(dy.contiguous(), *ctx.saved_tensors)
-    return dx, dw, None
+    return dx, dw, None, None
 
 
 _rms_norm.register_autograd(_gradients, setup_context=_save)

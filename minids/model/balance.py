@@ -132,5 +132,5 @@ def max_violation(load: Tensor, mean: Tensor | float | None = None) -> Tensor:
     perfect balance, K N / E; it differs from the mean of ``load``, the default, where choices were dropped, and then MaxVio
     can be negative. [2408.15664 section 4.1]"""
     load = load.float()
-    mean = load.mean(-1) if mean is None else torch.as_tensor(mean, device=load.device)
-    return load.amax(-1) / mean.clamp_min(1e-20) - 1
+    mean = load.mean(-1) if mean is None else mean
+    return load.amax(-1) / (mean.clamp_min(1e-20) if isinstance(mean, Tensor) else max(mean, 1e-20)) - 1

@@ -3,7 +3,8 @@
     RMSNorm(x) = x / sqrt(mean(x^2) + eps) * weight              MLP(x) = W_down (silu(W_gate x) * W_up x)
 
 Both write their backward out. As in V3 [3.2.3], neither keeps its output for it: RMSNorm keeps its input and one number a
-row, SwiGLU its two inputs, and what else backward needs is computed again, in few passes over memory.
+row, SwiGLU its two inputs, and what else backward needs is computed again, in few passes over memory. On CUDA each pass
+is one kernel (minids/kernels/rmsnorm.py, activation.py).
 
 Shapes: rows of D (RMSNorm) or of F (SwiGLU).
 """
@@ -12,7 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minids import kernels
+from minids.kernels import uses_kernels
 from minids.model.linear import Linear
+
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -44,7 +49,8 @@ def normalise(x: Tensor, eps: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Over the last dimension, computed in float32 at least, returned in x's dtype."""
+    """Over the last dimension, computed in float32 at least, returned in x's dtype; by the kernel under autocast in its
+    dtype, to which the products that read it would round it."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -53,6 +59,11 @@ class RMSNorm(nn.Module):
         self.eps_tensor = torch.tensor(eps, dtype=torch.float32, device="cpu")
 
     def forward(self, x: Tensor) -> Tensor:
+        if uses_kernels(x) and x.dtype in KERNEL_DTYPES:
+            device = x.device.type
+            out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+            rows = x.reshape(-1, x.shape[-1])
+            return kernels.rms_norm(rows, self.weight, self.eps, out_dtype=out_dtype).view(x.shape)
         if torch.is_grad_enabled() and x.is_cpu:
             return _RMSNorm.apply(x, self.weight, self.eps)
         if x.is_cpu and x.dtype == self.weight.dtype == torch.float32:
@@ -99,6 +110,11 @@ def swiglu_backward(dh: Tensor, both: Tensor, up: Tensor | None, row_weight: Ten
 def swiglu(gate: Tensor, up: Tensor | None = None, row_weight: Tensor | None = None) -> Tensor:
     """silu(gate) * up, each row times ``row_weight`` (rows, 1) where given; all in one dtype, shapes (rows, F). Without
     ``up``, ``gate`` is (rows, 2F): gate, then up, as the experts' first product gives them."""
+    if uses_kernels(gate) and gate.dtype in KERNEL_DTYPES:
+        rows = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (gate, up)]
+        weight = None if row_weight is None else row_weight.flatten().float()
+        h = kernels.swiglu(rows[0], weight, up=rows[1])
+        return h.view(*gate.shape[:-1], h.shape[-1])
     if torch.is_grad_enabled():
         return _SwiGLU.apply(gate, up, row_weight)
     return swiglu_forward(gate, up, row_weight)

@@ -10,16 +10,22 @@ backward of one is the forward of the other. No token is dropped.
 Where the GEMM library wants it, each expert's block is filled up to a multiple of some rows. Filling slots repeat a token
 with gate value 0: they add nothing forward, and nothing to any gradient.
 
+On CUDA in BF16 all of it is kernels (minids/kernels/experts.py, dispatch.py), and the host never waits for the device.
+
 Shapes: N tokens, K chosen, M slots (N * K, and the filling), E experts, D hidden, F expert width.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minids import kernels
 from minids.config import ModelConfig
+from minids.kernels import uses_kernels
 from minids.model import moe_decode
 from minids.model.attention import LatentCache
 from minids.model.layers import MLP, swiglu
@@ -36,8 +42,13 @@ class Dispatch:
     ends_E: Tensor  # int32: where each expert's slots end
 
 
-def plan_dispatch(routing: Routing, multiple: int = 1) -> Dispatch:
-    """Sorts the choices by expert, each expert's block filled up to a ``multiple`` of slots."""
+def plan_dispatch(routing: Routing, multiple: int = 1, bound: bool = False) -> Dispatch:
+    """Sorts the choices by expert, each expert's block filled up to a ``multiple`` of slots. ``bound``: as many slots as
+    there can be at most, which the host knows without asking the device; those behind the last expert's hold no expert's
+    row, and what a product leaves in them is not defined."""
+    if uses_kernels(routing.indices) and (bound or multiple == 1) and routing.indices.numel():
+        found = kernels.plan_slots(routing.indices.contiguous(), len(routing.load), multiple=multiple)
+        return Dispatch(*found)
     (n, k), device = routing.indices.shape, routing.indices.device
     expert_of_choice = routing.indices.flatten()
     choice_M = expert_of_choice.argsort(stable=True)
@@ -109,9 +120,12 @@ class Experts(nn.Module):
         e, d, f = cfg.n_routed_experts, cfg.hidden_size, cfg.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(e, 2 * f, d))
         self.down_proj = nn.Parameter(torch.empty(e, d, f))
+        self.copies: tuple[Tensor, Tensor] | None = None  # both in BF16, while `copied_once` lasts
 
     def forward(self, x_ND: Tensor, routing: Routing, cache: LatentCache | None = None, layer: int = 0) -> Tensor:
         """sum_k g_k Expert_k(x), (N, D). With a cache, weights may be kept in it as decoding layer ``layer`` wants them."""
+        if self._fits_kernels(x_ND, routing):
+            return self._run_kernels(x_ND, routing)
         gate_up_EFD, down_EDF, weights = self.gate_up_proj, self.down_proj, routing.weights.flatten()
         if torch.is_autocast_enabled(x_ND.device.type):
             dtype = torch.get_autocast_dtype(x_ND.device.type)
@@ -128,6 +142,41 @@ class Experts(nn.Module):
         weight_M1 = weights.index_select(0, plan.choice_M).to(x_ND.dtype).unsqueeze(-1)
         h_MF = swiglu(grouped_linear(_Dispatch.apply(x_ND, plan), gate_up_EFD, plan.ends_E), row_weight=weight_M1)
         return _Combine.apply(grouped_linear(h_MF, down_EDF, plan.ends_E), plan)
+
+
+    def _fits_kernels(self, x_ND: Tensor, routing: Routing) -> bool:
+        """Whether the products are in BF16, of sizes that the kernels take."""
+        if not uses_kernels(x_ND) or routing.indices.numel() == 0:
+            return False
+        device = x_ND.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_ND.dtype
+        return dtype == torch.bfloat16 and not any(size % 8 for size in self.down_proj.shape[1:])
+
+    def _run_kernels(self, x_ND: Tensor, routing: Routing) -> Tensor:
+        plan, weights, copies = plan_dispatch(routing), (self.gate_up_proj, self.down_proj), self.copies
+        if copies is None and self.down_proj.dtype != torch.bfloat16:
+            copies = self.copy_weights()
+        return kernels.routed_experts(x_ND.to(torch.bfloat16), routing.weights.float(), *weights, plan.token_M,
+                                      plan.slot_NK, plan.ends_E, plan.choice_M, copies=copies)  # fmt: skip
+
+    def copy_weights(self) -> tuple[Tensor, Tensor]:
+        """Both weights in BF16."""
+        return self.gate_up_proj.detach().to(torch.bfloat16), self.down_proj.detach().to(torch.bfloat16)
+
+
+@contextmanager
+def copied_once(experts: Sequence[Experts]) -> Iterator[None]:
+    """Inside, where nobody may write to the weights, experts that multiply in BF16 on kernels make one copy of float32
+    weights for all forward passes: for the micro-batches of a step under autocast."""
+    served = [layer for layer in experts if type(layer) is Experts and layer.down_proj.dtype != torch.bfloat16
+              and uses_kernels(layer.down_proj)]  # fmt: skip
+    for layer in served:
+        layer.copies = layer.copy_weights()
+    try:
+        yield
+    finally:
+        for layer in served:
+            layer.copies = None
 
 
 class MoE(nn.Module):

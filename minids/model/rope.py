@@ -71,7 +71,8 @@ def rope_attention_factor(cfg: ModelConfig) -> float:
 
 def rope_table(cfg: ModelConfig, positions: Tensor) -> Tensor:
     """exp(i t theta_j) for ``positions`` (B, T), as complex64 (B, T, R/2). Angles are float32, as published."""
-    angles = positions.unsqueeze(-1).float() * rope_frequencies(cfg).to(positions.device)
+    frequencies = rope_frequencies(cfg).to(positions.device, non_blocking=True)  # else the host waits for the device
+    angles = positions.unsqueeze(-1).float() * frequencies
     return torch.polar(torch.full_like(angles, rope_attention_factor(cfg)), angles)
 
 

@@ -26,7 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minids import kernels
 from minids.config import ModelConfig
+from minids.kernels import uses_kernels
 
 
 @dataclass
@@ -127,8 +129,21 @@ class Gate(nn.Module):
         weights = weights * self.cfg.routed_scaling_factor
         return weights if served is None else weights * served
 
+    def _fits_kernel(self, logits_NE: Tensor) -> bool:
+        """Whether the kernel of minids/kernels/routing.py does all that is asked: V3's router, no hook that acts."""
+        cfg, e = self.cfg, logits_NE.shape[1]
+        plain = not (self.training and (self.disturb is not None or self.assign is not None))
+        published = cfg.scoring_func == "sigmoid" and cfg.norm_topk_prob and self.e_score_correction_bias is not None
+        return plain and published and e & (e - 1) == 0 and e >= 2 * cfg.n_group and uses_kernels(logits_NE)
+
     def forward(self, x_ND: Tensor) -> Routing:
         logits, noise, served = self.logits(x_ND), None, None
+        if self._fits_kernel(logits):
+            cfg = self.cfg
+            weights, indices, scores, load = kernels.router(
+                logits, self.e_score_correction_bias, n_group=cfg.n_group, topk_group=cfg.topk_group,
+                k=cfg.num_experts_per_tok, scale=cfg.routed_scaling_factor, with_load=True)  # fmt: skip
+            return Routing(weights, indices, scores, load, logits)
         if self.training and self.disturb is not None:
             noise = self.disturb(self, x_ND, logits)
             logits = noise.clean + torch.randn_like(noise.clean) * noise.deviation

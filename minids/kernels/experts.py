@@ -1,0 +1,87 @@
+"""Routed experts in BF16, forward and backward: dispatch, two grouped products, SwiGLU, combine (V3 section 2.1.2).
+
+    x_slot = x[token]      z = x_slot W_up^T      h = silu(z_gate) z_up g      y = h W_down^T      out[n] = sum of its y
+    dy = d out[token]      dh = dy W_down         dz, dg, h from dh and z      dW_down = dy^T h
+                           dx_slot = dz W_up      dx[n] = sum of its dx_slot   dW_up = dz^T x_slot
+
+The problem: slots are K times as many as tokens, so whatever touches them besides the products costs. Here that is one
+gather and one sum each way and one pass for SwiGLU; z alone is kept of all slots. x_slot and h are made again, which costs
+a pass each and saves 2 D + 2 F bytes a slot and layer.
+
+Weights may be FP32 masters beside BF16 copies: the products read the copies, the gradients leave in FP32 without having
+been BF16 in between.
+
+Floors for M slots: 6 M F D operations forward, twice that backward; 2 M (3 D + 4 F) bytes beside the products' own.
+
+Shapes: N tokens, K chosen, M = N K slots, E experts, D hidden, F expert width.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minids.kernels.activation import _swiglu_op, swiglu_backward
+from minids.kernels.backend import check, check_shape
+from minids.kernels.grouped import grouped_gemm, grouped_wgrad
+from minids.kernels.slots import combine
+
+BF16 = torch.bfloat16
+
+
+def routed_experts(
+    x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, token: Tensor, slot: Tensor, ends: Tensor, choice: Tensor, *,
+    copies: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """sum_k g_k Expert_k(x), for a CUDA device or the interpreter. Differentiable in the first four.
+
+    Args:
+        x: (N, D) bfloat16. weights: (N, K) float32, the gate values.
+        gate_up: (E, 2F, D), down: (E, D, F), bfloat16; or float32 with ``copies`` in bfloat16. D and F are multiples of 8.
+        token, slot, ends, choice: of `plan_slots` with multiple 1.
+
+    Returns:
+        (N, D) bfloat16.
+
+    Raises:
+        TypeError, ValueError: with the value received, before anything is launched.
+    """
+    low = (gate_up, down) if copies is None else copies
+    check("x", x, ndim=2, dtype=BF16)
+    check("weights", weights, ndim=2, dtype=torch.float32)
+    check_shape("weights", weights, (len(x), slot.shape[1]))
+    check_shape("down", down, (len(gate_up), x.shape[1], gate_up.shape[1] // 2))
+    for name, w, own in zip(("gate_up", "down"), low, (gate_up, down), strict=True):
+        check(name, w, ndim=3, dtype=BF16)
+        check_shape(name, w, tuple(own.shape))
+    return _RoutedExperts.apply(x, weights, gate_up, down, *(w.detach() for w in low), token, slot, ends, choice)
+
+
+class _RoutedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weights, gate_up, down, low_gate_up, low_down, token, slot, ends, choice):
+        gates = weights.flatten().index_select(0, choice)
+        both = grouped_gemm(x.index_select(0, token), low_gate_up, ends)
+        out = combine(grouped_gemm(_swiglu_op(both, gates, None), low_down, ends), slot)
+        ctx.save_for_backward(x, gates, both, low_gate_up, low_down, token, slot, ends)
+        ctx.dtypes = gate_up.dtype, down.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out: Tensor):
+        x, gates, both, gate_up, down, token, slot, ends = ctx.saved_tensors
+        needs_x, needs_weights, needs_gate_up, needs_down = ctx.needs_input_grad[:4]
+        dx = d_weights = d_gate_up = d_down = None
+        dy = d_out.index_select(0, token)
+        dh = grouped_gemm(dy, down.transpose(1, 2), ends)
+        d_both, d_gates, _, h = swiglu_backward(dh, both, gates, again=needs_down)
+        if needs_weights:
+            d_weights = d_gates.index_select(0, slot.flatten()).view(slot.shape)
+        if needs_down:
+            d_down = grouped_wgrad(dy, h, ends, out_dtype=ctx.dtypes[1])
+        del dy, dh, h
+        if needs_gate_up:
+            d_gate_up = grouped_wgrad(d_both, x.index_select(0, token), ends, out_dtype=ctx.dtypes[0])
+        if needs_x:
+            dx = combine(grouped_gemm(d_both, gate_up.transpose(1, 2), ends), slot)
+        return dx, d_weights, d_gate_up, d_down, None, None, None, None, None, None
