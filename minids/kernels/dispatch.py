@@ -132,10 +132,10 @@ def _plan(indices: Tensor, experts: int, multiple: int) -> tuple[Tensor, Tensor,
     if multiple > 1:
         choice.fill_(n * k)
         token.fill_(n - 1)
-    tokens = max(1, min(64, 4096 // power))
+    tokens = max(1, min(32, 2048 // power))
     counts = indices.new_empty((cdiv(n, tokens), experts), dtype=torch.int32)
     _count[(len(counts),)](indices, counts, n, experts, k, tokens, power, num_warps=4)
-    _add_up[(1,)](counts, ends, len(counts), experts, multiple, max(1, min(128, 8192 // power)), power, num_warps=8)
+    _add_up[(1,)](counts, ends, len(counts), experts, multiple, max(1, min(64, 4096 // power)), power, num_warps=8)
     _place[(len(counts),)](indices, counts, ends, choice, token, slot, n, experts, k, tokens, power, num_warps=4)
     return choice, token, slot, ends
 

@@ -9,13 +9,15 @@
     dropped         choices that no expert served
     experts, nodes  that a token reaches; a node is a group of experts
 
-Counting is a few small operations a layer without waiting for the device: cheap enough to be always on. ``read`` waits.
+Counting is a few small operations for all layers at once, without waiting for the device: cheap enough to be always on.
+``read`` waits.
 
 Shapes: N tokens, E experts, K chosen, G groups, L MoE layers.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -31,10 +33,10 @@ def entropy(shares: Tensor) -> Tensor:
 
 
 def nodes_per_token(indices: Tensor, cfg: ModelConfig, served: Tensor | None = None) -> Tensor:
-    """(N,) int64: groups among a token's (served) experts."""
-    reached = torch.zeros(len(indices), cfg.n_group, dtype=torch.int64, device=indices.device)
+    """(..., N) int64: groups among a token's (served) experts; ``indices`` and ``served`` are (..., N, K)."""
+    reached = torch.zeros(*indices.shape[:-1], cfg.n_group, dtype=torch.int64, device=indices.device)
     hits = torch.ones_like(indices) if served is None else served.long()
-    return reached.scatter_reduce_(1, indices // (cfg.n_routed_experts // cfg.n_group), hits, "amax").sum(-1)
+    return reached.scatter_reduce_(-1, indices // (cfg.n_routed_experts // cfg.n_group), hits, "amax").sum(-1)
 
 
 @dataclass
@@ -48,24 +50,29 @@ class LoadMeter:
     @torch.no_grad()
     def add(self, routings: Sequence[Routing]) -> None:
         """One batch: a routing of each MoE layer."""
-        layers = [self._measure(routing) for routing in routings]
-        new = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]} if layers else {}
+        # MTP modules, which come last, see fewer tokens.
+        groups = [self._measure(list(alike)) for _, alike in groupby(routings, lambda routing: routing.indices.shape)]
+        new = {name: torch.cat([group[name] for group in groups]) for name in groups[0]} if groups else {}
         self.sums = {name: value + self.sums.get(name, 0) for name, value in new.items()}
         self.batches += 1
 
-    def _measure(self, routing: Routing) -> dict[str, Tensor]:
-        load = routing.received()
-        shares = routing.scores / routing.scores.sum(-1, keepdim=True)
+    def _measure(self, routings: list[Routing]) -> dict[str, Tensor]:
+        """Of l layers with as many tokens each: (l,) or (l, E)."""
+        load = torch.stack([routing.received() for routing in routings])
+        scores, indices = (torch.stack([getattr(r, name) for r in routings]) for name in ("scores", "indices"))
+        served = None if routings[0].served is None else torch.stack([routing.served for routing in routings])
+        shares = scores / scores.sum(-1, keepdim=True)
         # Unserved entries of expert choice only fill up its table: no token asked for them.
-        asked = min(routing.indices.shape[1], self.cfg.num_experts_per_tok) * len(routing.indices)
+        tokens = indices.shape[1]
+        asked = min(indices.shape[2], self.cfg.num_experts_per_tok) * tokens
         return {
             "load": load,
-            "tokens": torch.full_like(load[0], len(routing.indices)),
-            "asked": torch.full_like(load[0], asked),
-            "received": load.sum(),
+            "tokens": torch.full_like(load[:, 0], tokens),
+            "asked": torch.full_like(load[:, 0], asked),
+            "received": load.sum(-1),
             "max_violation": max_violation(load, asked / self.cfg.n_routed_experts),
-            "token_entropy": entropy(shares).sum(),
-            "nodes": nodes_per_token(routing.indices, self.cfg, routing.served).sum(),
+            "token_entropy": entropy(shares).sum(-1),
+            "nodes": nodes_per_token(indices, self.cfg, served).sum(-1),
         }
 
     @property

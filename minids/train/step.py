@@ -33,6 +33,7 @@ from minids.data import PackedRows
 from minids.model.balancer import Balancer
 from minids.model.load import LoadMeter
 from minids.model.loss import IGNORE
+from minids.model.moe import copied_once
 from minids.model.transformer import Transformer
 from minids.train.optim import Optimizer
 from minids.train.settings import TrainConfig
@@ -85,24 +86,26 @@ def compute_gradients(model: Transformer, optimizer: Optimizer, tokens: np.ndarr
     rows, counted = len(inputs), (labels != IGNORE).sum().clamp_min(1)
     sums = {"total": 0.0, "loss": 0.0, "balance": 0.0}
     mtp_sums, meter = [], LoadMeter(model.cfg)
-    for start in range(0, rows, config.micro_batch):
-        part = slice(start, start + config.micro_batch)
-        with autocast(config.resolved_precision, config.device):
-            out = model(inputs[part], labels=labels[part], document_ids=ids[part],
-                        document_mask=config.document_mask, recompute=config.recompute)
-        share = (labels[part] != IGNORE).sum() / counted
-        size = len(inputs[part])
-        balance = balancer.loss(out.routing, size) * (size / rows)
-        loss = share * out.loss + balance
-        if out.mtp_losses:
-            loss = loss + mtp_lambda * share * out.mtp_loss
-            mtp_sums.append([share * x.detach() for x in out.mtp_losses])
-        (optimizer.scale * loss).backward()
-        optimizer.accumulate()
-        sums["total"] += loss.detach()
-        sums["loss"] += (share * out.loss).detach()
-        sums["balance"] += balance.detach() if isinstance(balance, Tensor) else balance
-        meter.add(out.routing)
+    low = model.experts() if config.resolved_precision == "bf16-autocast" else []
+    with copied_once(low):
+        for start in range(0, rows, config.micro_batch):
+            part = slice(start, start + config.micro_batch)
+            with autocast(config.resolved_precision, config.device):
+                out = model(inputs[part], labels=labels[part], document_ids=ids[part],
+                            document_mask=config.document_mask, recompute=config.recompute)
+            share = (labels[part] != IGNORE).sum() / counted
+            size = len(inputs[part])
+            balance = balancer.loss(out.routing, size) * (size / rows)
+            loss = share * out.loss + balance
+            if out.mtp_losses:
+                loss = loss + mtp_lambda * share * out.mtp_loss
+                mtp_sums.append([share * x.detach() for x in out.mtp_losses])
+            (optimizer.scale * loss).backward()
+            optimizer.accumulate()
+            sums["total"] += loss.detach()
+            sums["loss"] += (share * out.loss).detach()
+            sums["balance"] += balance.detach() if isinstance(balance, Tensor) else balance
+            meter.add(out.routing)
     return StepResult(
         total=float(sums["total"]), loss=float(sums["loss"]), balance_loss=float(sums["balance"]),
         mtp_losses=[float(sum(depth)) for depth in zip(*mtp_sums, strict=True)], meter=meter)
