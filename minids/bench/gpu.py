@@ -12,41 +12,70 @@ copy rate and operations over the measured rate of the tensor core (FP8: one sca
 the time.
 
 Peers: torch's device copy; cuBLAS in BF16; cuBLASLt's block-scaled FP8 (`torch.nn.functional.scaled_mm`);
-`torch._grouped_mm`; FlashInfer where it is installed. Rates: TB/s or TFLOP/s.
-Shapes: M rows, N outputs, K inputs, E experts, T tokens.
+`torch._grouped_mm`; torch's fused attention; FlashInfer and its port of DeepGEMM where it is installed; transformers for
+the training step. A peer that fails is named with its error, and the report is saved after every row.
+Rates: TB/s or TFLOP/s. Shapes: M rows, N outputs, K inputs, E experts, T tokens.
 """
 
-from collections.abc import Callable
-from math import exp, log
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
 import torch
 
 from minids import kernels
+from minids.bench import gpu_training
 from minids.bench.common import Report
+from minids.bench.gpu_attention import mla_decoding, prefill_attention
 from minids.bench.gpu_cases import BF16, Case, fp8_products, grouped_products, normal, quantizations
-from minids.bench.gpu_layers import mla_decoding, moe_layers, small_operations
+from minids.bench.gpu_layers import moe_layers
+from minids.bench.gpu_report import COLUMNS, missed, remarks, row_of, table_row
+from minids.bench.gpu_small import small_operations
+
+CASES = {
+    "quantise": quantizations, "fp8": fp8_products, "grouped": grouped_products, "moe": moe_layers,
+    "small": small_operations, "mla": mla_decoding, "attention": prefill_attention,
+}  # fmt: skip
+GROUPS = [*CASES, "training"]
 
 
-def run(rounds: int) -> Report:
-    columns = ["operation", "shape", "minids", "unit", "of floor", "error", "best peer", "its rate", "ratio"]
-    report = Report("Kernels on the GPU", columns, [])
+def run(rounds: int, only: Sequence[str] = (), save: Callable[[Report], None] | None = None) -> Report:
+    """Measures the rows of the groups in ``only``, all of them if it is empty, and calls ``save`` after each."""
+    if unknown := sorted(set(only) - set(GROUPS)):
+        raise ValueError(f"only: got {', '.join(unknown)}, expected some of {', '.join(GROUPS)}")
+    report = Report("Kernels on the GPU", COLUMNS, [])
     if not torch.cuda.is_available():
         report.notes.append("There is no CUDA device here: nothing was measured.")
         return report
     torch.manual_seed(0)
-    limits = measure_limits(rounds)
-    rows = []
-    for build in (quantizations, fp8_products, grouped_products, moe_layers, small_operations, mla_decoding):
-        for make in build(limits):
-            rows.append(measure(make(), rounds))
-            report.rows.append(table_row(rows[-1]))
-            torch.cuda.empty_cache()
-    report.notes = [f"limits: {', '.join(f'{name} {value:.4g}' for name, value in limits.items())}", *summaries(rows)]
-    report.data = {"limits": limits, "rows": rows, "triton": kernels.backend.triton.__version__}
-    report.missed = missed(rows)
+    chosen = [name for name in GROUPS if not only or name in only]
+    limits, rows, failed = measure_limits(rounds), [], []
+    for name, make in jobs(chosen, limits, rounds):
+        try:
+            found = make()
+        except Exception as error:  # a row that fails does not take the others with it
+            reset_after_capture()
+            failed.append(f"{name}: not measured, {first_line(error)}")
+        else:
+            rows.append(found)
+            report.rows.append(table_row(found))
+        report.notes = remarks(limits, rows)
+        report.data = {"limits": limits, "rows": rows, "triton": kernels.backend.triton.__version__}
+        report.missed = missed(rows) + failed
+        if save is not None:
+            save(report)
+        torch.cuda.empty_cache()
     return report
+
+
+def jobs(chosen: list[str], limits: dict[str, float], rounds: int) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """A name and a call that measures one row, one after the other."""
+    for name in chosen:
+        if name == "training":
+            yield from gpu_training.jobs(rounds, limits)
+        else:
+            for number, build in enumerate(CASES[name](limits)):
+                yield f"{name} {number}", lambda build=build: measure(build(), rounds)
 
 
 # ---- measuring ----
@@ -58,20 +87,26 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     for name, call in case.candidates.items():
         try:
             graphs[name] = record(call)
-        except (RuntimeError, ValueError, NotImplementedError) as error:
+        except Exception as error:
             if name == "minids":
                 raise
-            refused[name] = str(error).splitlines()[0][:120]
+            reset_after_capture()
+            refused[name] = first_line(error)
     times = time_all(graphs, rounds)
-    seconds = {name: median(values) for name, values in times.items()}
-    peers = {name: value for name, value in seconds.items() if name != "minids"}
-    best = min(peers, key=peers.get) if peers else None
-    return {
-        "operation": case.operation, "shape": case.shape, "unit": case.unit, "seconds": seconds, "refused": refused,
-        "rate": {name: case.work / value / 1e12 for name, value in seconds.items()},
-        "share_of_floor": case.floor / seconds["minids"], "error": case.error, "best_peer": best,
-        "ratio": median(p / m for p, m in zip(times[best], times["minids"], strict=True)) if best else None,
-    }  # fmt: skip
+    return row_of(case.operation, case.shape, case.unit, case.work, case.floor, case.error, times) | {"refused": refused}
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+
+
+def reset_after_capture() -> None:
+    """A capture that failed leaves its stream current and the random generator believing that it is recorded."""
+    torch.cuda.set_stream(torch.cuda.default_stream())
+    torch.cuda.synchronize()
+    fresh = torch.Generator(device="cuda")
+    fresh.manual_seed(0)
+    torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh.graphsafe_get_state())
 
 
 def record(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
@@ -110,49 +145,3 @@ def measure_limits(rounds: int) -> dict[str, float]:
     }, rounds)  # fmt: skip
     work = {"copy": 2.0 * x.numel() * x.element_size(), "bf16": 2.0 * n**3, "fp8": 2.0 * n**3}
     return {name: work[name] / median(times[name]) for name in times}
-
-
-# ---- reporting ----
-
-
-def table_row(row: dict[str, Any]) -> list[Any]:
-    best = row["best_peer"]
-    return [
-        row["operation"], row["shape"], row["rate"]["minids"], row["unit"], row["share_of_floor"], f"{row['error']:.1e}",
-        best or "-", row["rate"][best] if best else None, row["ratio"],
-    ]  # fmt: skip
-
-
-def against(row: dict[str, Any], peer: str) -> float:
-    """How many times the peer's rate ours is; NaN if it did not run."""
-    return row["rate"]["minids"] / row["rate"].get(peer, float("nan"))
-
-
-def geometric_mean(values: list[float]) -> float:
-    return exp(sum(map(log, values)) / len(values))
-
-
-def of(rows: list[dict[str, Any]], operation: str) -> list[dict[str, Any]]:
-    return [row for row in rows if row["operation"] == operation]
-
-
-def summaries(rows: list[dict[str, Any]]) -> list[str]:
-    mean = geometric_mean([against(row, "cuBLASLt") for row in of(rows, "FP8 prefill")])
-    return [f"FP8 prefill against cuBLASLt, geometric mean of six shapes: {mean:.3f}"]
-
-
-def missed(rows: list[dict[str, Any]]) -> list[str]:
-    """The issue's minimum targets that these rows do not reach."""
-    targets = [
-        ("quantise 1 x 128, TB/s", of(rows, "quantise 1 x 128")[0]["rate"]["minids"], 3.5),
-        ("FP8 prefill, geometric mean against cuBLASLt",
-         geometric_mean([against(row, "cuBLASLt") for row in of(rows, "FP8 prefill")]), 0.85),
-        ("MoE forward BF16, TFLOP/s", of(rows, "MoE forward BF16")[0]["rate"]["minids"], 550),
-        ("MoE forward FP8, TFLOP/s", of(rows, "MoE forward FP8")[0]["rate"]["minids"], 800),
-    ]  # fmt: skip
-    targets += [
-        (f"MLA decoding {row['shape']}, against FlashInfer FA3", against(row, "FlashInfer FA3"), 0.8)
-        for row in of(rows, "MLA decoding")[:2] if "FlashInfer FA3" in row["rate"]
-    ]  # fmt: skip
-    targets += [(f"FP8 decoding {r['shape']}, against the better peer", r["ratio"], 1.0) for r in of(rows, "FP8 decoding")]
-    return [f"{name}: {found:.3g}, wanted {wanted}" for name, found, wanted in targets if not found >= wanted]

@@ -51,40 +51,36 @@ def error(out: Tensor, exact: Tensor) -> float:
     return ((out.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
-
 def quantizations(limits: Limits) -> Builders:
-    m, k = 8192, 7168
-    n = m * k
-
-    def case(name: str, n_bytes: float, call: Callable[[Tensor], Any], expected: Callable[[Tensor], Any]) -> Case:
-        x = normal(m, k)
-        same = all(torch.equal(a.float(), b.float()) for a, b in zip(call(x), expected(x), strict=True))
+    def case(name: str, size: tuple[int, int], bytes_each: float, call: Callable[..., Any], expected: Callable[..., Any],
+             prepare: Callable[[Tensor], tuple] = lambda x: (x,)) -> Case:  # fmt: skip
+        (m, k), inputs = size, prepare(normal(*size))
+        same = all(torch.equal(a.float(), b.float()) for a, b in zip(call(*inputs), expected(*inputs), strict=True))
+        n_bytes = m * k * bytes_each
         moved = torch.empty(int(n_bytes) // 4, device="cuda", dtype=BF16)  # a copy that moves as many bytes
         target = torch.empty_like(moved)
-        candidates = {"minids": lambda: call(x), "copy": lambda: target.copy_(moved)}
+        candidates = {"minids": lambda: call(*inputs), "copy": lambda: target.copy_(moved)}
         found = 0.0 if same else float("nan")
         return Case(name, f"{m} x {k}", "TB/s", n_bytes, n_bytes / limits["copy"], candidates, found)
 
     def transposed(x: Tensor) -> tuple[Tensor, Tensor]:
         return quantize.reference(x.t())
 
-    def block(x: Tensor) -> Case:
-        q, s = kernels.quantize_block(x)
-        return case("dequantise 128 x 128", n * 3, lambda _: (kernels.dequantize_block(q, s),),
-                    lambda _: (kernels.dequantize_block(q, s, backend="torch"),))  # fmt: skip
-
-    one, both = n * (3 + 4 / 128), n * (4 + 8 / 128)
+    one, both, x = 3 + 4 / 128, 4 + 8 / 128, (8192, 7168)
     return [
-        lambda: case("quantise 1 x 128", one, kernels.quantize_tile, quantize.reference),
-        lambda: case("quantise 1 x 128, column-major", one, lambda x: kernels.quantize_tile(x, column_major=True),
+        lambda: case("quantise 1 x 128", x, one, kernels.quantize_tile, quantize.reference),
+        lambda: case("quantise 1 x 128, power-of-two scales", x, one, lambda x: kernels.quantize_tile(x, scale="ue8m0"),
+                     lambda x: quantize.reference(x, "ue8m0")),
+        lambda: case("quantise 1 x 128, column-major", x, one, lambda x: kernels.quantize_tile(x, column_major=True),
                      quantize.reference),
-        lambda: case("quantise 128 x 1, transposed", one, lambda x: kernels.quantize_tile_t(x, column_major=True),
+        lambda: case("quantise 128 x 1, transposed", x, one, lambda x: kernels.quantize_tile_t(x, column_major=True),
                      transposed),
-        lambda: case("quantise both ways", both, lambda x: kernels.quantize_tile_both(x, column_major=True),
+        lambda: case("quantise both ways", x, both, lambda x: kernels.quantize_tile_both(x, column_major=True),
                      lambda x: (*quantize.reference(x), *transposed(x))),
-        lambda: case("quantise 128 x 128", n * 3, kernels.quantize_block,
+        lambda: case("quantise 128 x 128", x, 3, kernels.quantize_block,
                      lambda x: kernels.quantize_block(x, backend="torch")),
-        lambda: block(normal(m, k)),
+        lambda: case("dequantise 128 x 128", (18432, 7168), 3, lambda q, s: (kernels.dequantize_block(q, s),),
+                     lambda q, s: (kernels.dequantize_block(q, s, backend="torch"),), kernels.quantize_block),
     ]  # fmt: skip
 
 
@@ -103,6 +99,8 @@ def fp8_products(limits: Limits) -> Builders:
             "cuBLASLt": lambda: block_scaled(*a, *b, dtype, wgrad),
             "BF16": lambda: x @ w.t(),
         }
+        if not wgrad:
+            candidates["DeepGEMM in FlashInfer"] = deep_gemm(*a, *b, exact)
         floor = max(n_bytes / limits["copy"], 2 * m * n * k / limits["fp8"])
         found = error(kernels.fp8_gemm(*a, *b, out_dtype=dtype)[rows], exact)
         return Case(name, f"{m}, {n}, {k}", "TFLOP/s", 2.0 * m * n * k, floor, candidates, found)
@@ -119,6 +117,28 @@ def block_scaled(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: 
     kind = F.ScalingType
     recipe, b_scale = (kind.BlockWise1x128, b_scale) if rows else (kind.BlockWise128x128, b_scale.t())
     return F.scaled_mm(a, b.t(), a_scale, kind.BlockWise1x128, b_scale, recipe, output_dtype=dtype)
+
+
+def deep_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, exact: Tensor) -> Callable[[], Tensor]:
+    """FlashInfer's port of DeepGEMM, checked against `exact` at its first call, which compiles for minutes on a new
+    machine. Raises ImportError there if it is not installed, RuntimeError if both layouts of A's scales give wrong sums."""
+    chosen: list[Tensor] = []
+
+    def choose_layout(gemm: Callable[..., Tensor]) -> Tensor:
+        row_major, column_major = a_scale.contiguous(), a_scale.t().contiguous().view(a_scale.shape)
+        for scales in (row_major, column_major):
+            if error(gemm(a, b, scales, b_scale)[:CHECKED], exact) < 1e-2:
+                return scales
+        raise RuntimeError("wrong results with both layouts of A's scales")
+
+    def run() -> Tensor:
+        from flashinfer.gemm import fp8_blockscale_gemm_sm90 as gemm
+
+        if not chosen:
+            chosen.append(choose_layout(gemm))
+        return gemm(a, b, chosen[0], b_scale)
+
+    return run
 
 
 def loads(rows: int, multiple: int) -> Tensor:
