@@ -1,17 +1,22 @@
 """A timeline as Trace Event JSON, which Perfetto (ui.perfetto.dev) and chrome://tracing open.
 
-Each rank is a process with two tracks, since slices of one track must not overlap: `computes`, and `pair`, where the
-backward of an overlapped pair stands beside its forward. Arrows are the hand-overs between ranks, a counter shows the
-activations in memory. One unit of simulated time is written as one millisecond.
+The schedule is one process, whose group Perfetto opens at once. Each rank is a thread of it, and a second one where there
+are overlapped pairs, since slices of one track must not overlap: `rank 3`, and `rank 3, pair`, where the backward of a pair
+stands beside its forward. Arrows are the hand-overs between ranks, counters show the activations that each rank holds. One
+unit of simulated time is written as one millisecond.
+
+Source: Trace Event Format (Google, 2016), phases M, X, C, s and f.
 """
 
 import json
 import os
 from pathlib import Path
 
+from minids.pipeline.action import Schedule
 from minids.pipeline.draw import TITLES, WORDS
 from minids.pipeline.simulate import Timeline, gives, needs
 
+PROCESS = 1
 MICROSECONDS = 1000  # of trace time for one unit of simulated time
 COLOURS = {"F": "thread_state_runnable", "B": "good", "I": "thread_state_running", "W": "thread_state_iowait"}
 
@@ -22,13 +27,12 @@ def trace_events(timeline: Timeline) -> dict:
     events: list[dict] = []
     senders: dict[tuple, tuple[int, int, float]] = {}  # output -> rank, track, moment of its slice's end
     arrivals: list[tuple[tuple, int, int, float]] = []
+    events.append(metadata("process_name", 0, name=process_name(schedule)))
     for rank, cells in enumerate(timeline.cells):
-        events += [
-            {"ph": "M", "name": "process_name", "pid": rank, "tid": 0, "args": {"name": f"rank {rank}"}},
-            {"ph": "M", "name": "process_sort_index", "pid": rank, "tid": 0, "args": {"sort_index": rank}},
-            {"ph": "M", "name": "thread_name", "pid": rank, "tid": 0, "args": {"name": "computes"}},
-            {"ph": "M", "name": "thread_name", "pid": rank, "tid": 1, "args": {"name": "pair"}},
-        ]
+        tracks = 1 + any(cell.action.kind == "FB" for cell in cells)
+        for track, name in enumerate((f"rank {rank}", f"rank {rank}, pair")[:tracks]):
+            events.append(metadata("thread_name", thread(rank, track), name=name))
+            events.append(metadata("thread_sort_index", thread(rank, track), sort_index=thread(rank, track)))
         live = 0
         for cell in cells:
             start, end = float(cell.start) * MICROSECONDS, float(cell.end) * MICROSECONDS
@@ -47,15 +51,30 @@ def trace_events(timeline: Timeline) -> dict:
             "otherData": {"schedule": TITLES.get(schedule.name, schedule.name), "unit": "1 unit of time = 1 ms"}}
 
 
+def process_name(schedule: Schedule) -> str:
+    return f"{TITLES.get(schedule.name, schedule.name)}, {schedule.micro_batches} micro-batches"
+
+
+def thread(rank: int, track: int) -> int:
+    """A number for the track: tens are ranks, so that the numbers tell where a track belongs. 0 is left to the process."""
+    return 10 * (rank + 1) + track
+
+
+def metadata(name: str, tid: int, /, **values) -> dict:
+    return {"ph": "M", "name": name, "ts": 0, "pid": PROCESS, "tid": tid, "args": values}
+
+
 def slice_event(part, rank: int, track: int, start: float, end: float) -> dict:
     way = "'" if part.direction else ""
-    return {"ph": "X", "name": f"{part.kind}{part.micro_batch}{way}", "cat": WORDS[part.kind], "pid": rank, "tid": track,
+    return {"ph": "X", "name": f"{part.kind}{part.micro_batch}{way}", "cat": WORDS[part.kind], "pid": PROCESS,
+            "tid": thread(rank, track),
             "ts": start, "dur": end - start, "cname": COLOURS[part.kind],
             "args": {"stage": part.stage, "micro_batch": part.micro_batch, "direction": part.direction}}
 
 
 def counter_event(rank: int, moment: float, live: int) -> dict:
-    return {"ph": "C", "name": "activations", "pid": rank, "tid": 0, "ts": moment, "args": {"live": live}}
+    return {"ph": "C", "name": f"activations of rank {rank}", "pid": PROCESS, "tid": thread(rank, 0), "ts": moment,
+            "args": {"live": live}}
 
 
 def flow_events(senders: dict, arrivals: list) -> list[dict]:
@@ -66,8 +85,8 @@ def flow_events(senders: dict, arrivals: list) -> list[dict]:
         if from_rank == rank:
             continue
         flow = {"name": "gradient" if key[0] else "activation", "cat": "hand-over", "id": number}
-        events.append({"ph": "s", **flow, "pid": from_rank, "tid": from_track, "ts": moment})
-        events.append({"ph": "f", "bp": "e", **flow, "pid": rank, "tid": track, "ts": start})
+        events.append({"ph": "s", **flow, "pid": PROCESS, "tid": thread(from_rank, from_track), "ts": moment})
+        events.append({"ph": "f", "bp": "e", **flow, "pid": PROCESS, "tid": thread(rank, track), "ts": start})
     return events
 
 

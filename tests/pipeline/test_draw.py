@@ -10,6 +10,7 @@ from minids.cli import main
 from minids.pipeline import NAMES, build_schedule
 from minids.pipeline.draw import PALETTE, blend, colour, ink_on, legend_of, paint, picture, shades
 from minids.pipeline.poster import compare, poster, poster_picture
+from minids.pipeline.simulate import Timeline
 from minids.pipeline.trace import trace_events
 
 
@@ -125,35 +126,83 @@ def test_paint_into_given_axes():
 # ---- trace -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["1f1b", "dualpipe", "dualpipe_v"])
-def test_trace_events_are_valid(name):
-    """What Perfetto needs: known phases with their fields, slices of a track that do not overlap, arrows in pairs."""
-    timeline = build_schedule(name, ranks=4, micro_batches=8).simulate(comm=0.25)
-    trace = json.loads(json.dumps(trace_events(timeline)))
-    tracks, flows, counters = defaultdict(list), defaultdict(list), defaultdict(list)
-    for event in trace["traceEvents"]:
-        assert isinstance(event["pid"], int) and isinstance(event["tid"], int) and event["ph"] in "MXCsf"
+# Trace Event Format: what an event of each phase must have besides ph, ts, pid and tid, and what it may have.
+FIELDS = {
+    "M": ({"name", "args"}, set()),
+    "X": ({"name", "cat", "dur"}, {"args", "cname"}),
+    "C": ({"name", "args"}, set()),
+    "s": ({"name", "cat", "id"}, set()),
+    "f": ({"name", "cat", "id", "bp"}, set()),
+}
+METADATA = {"process_name": str, "thread_name": str, "thread_sort_index": int}
+
+
+def trace_of(name: str, **times) -> tuple[Timeline, list[dict]]:
+    """A timeline, and its events as a reader of the file sees them."""
+    timeline = build_schedule(name, ranks=4, micro_batches=8).simulate(**times)
+    trace = json.loads(json.dumps(trace_events(timeline), allow_nan=False))
+    assert trace["displayTimeUnit"] in ("ms", "ns")
+    return timeline, trace["traceEvents"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trace_events_have_the_fields_of_their_phase(name):
+    for event in trace_of(name, comm=0.25)[1]:
+        required, allowed = FIELDS[event["ph"]]
+        common = {"ph", "ts", "pid", "tid"}
+        assert required | common <= event.keys() <= required | allowed | common
+        assert type(event["pid"]) is int and type(event["tid"]) is int and event["ts"] >= 0
+        assert isinstance(event["name"], str) and event["name"]
+        assert event.get("dur", 1) > 0
+        if event["ph"] == "M":
+            (value,) = event["args"].values()
+            assert isinstance(value, METADATA[event["name"]])
+        if event["ph"] == "C":
+            assert all(type(value) is int and value >= 0 for value in event["args"].values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_track_of_a_trace_has_a_name_and_no_overlap(name):
+    timeline, events = trace_of(name)
+    names = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    tracks = defaultdict(list)
+    for event in events:
         if event["ph"] == "X":
-            assert event["dur"] > 0 and event["ts"] >= 0 and event["name"]
-            tracks[event["pid"], event["tid"]].append((event["ts"], event["ts"] + event["dur"]))
-        elif event["ph"] in "sf":
-            flows[event["id"]].append(event)
-        elif event["ph"] == "C":
-            counters[event["pid"]].append(event["args"]["live"])
+            tracks[event["tid"]].append((event["ts"], event["ts"] + event["dur"]))
+    assert tracks.keys() == names.keys() and len(set(names.values())) == len(names)
     for slices in tracks.values():
         slices.sort()
         assert all(a[1] <= b[0] for a, b in zip(slices, slices[1:], strict=False))
-    parts = sum(len(a.parts()) for row in timeline.schedule.actions for a in row)
-    assert sum(map(len, tracks.values())) == parts
+    assert sum(map(len, tracks.values())) == sum(len(a.parts()) for row in timeline.schedule.actions for a in row)
+    pairs = any(action.kind == "FB" for row in timeline.schedule.actions for action in row)
+    assert len(names) == (8 if pairs else 4)
+
+
+@pytest.mark.parametrize("name, hops", [("1f1b", 3), ("dualpipe", 3), ("dualpipe_v", 6)])
+def test_arrows_of_a_trace_join_slices_of_two_ranks(name, hops):
+    _, events = trace_of(name, comm=0.25)
+    slices = [event for event in events if event["ph"] == "X"]
+    flows = defaultdict(list)
+    for event in events:
+        if event["ph"] in "sf":
+            flows[event["id"]].append(event)
+    assert len(flows) == 2 * hops * 8  # hand-overs between ranks: hops of a micro-batch one way
     for start, finish in flows.values():
         assert (start["ph"], finish["ph"], finish["bp"]) == ("s", "f", "e")
-        assert start["pid"] != finish["pid"] and start["ts"] < finish["ts"] and start["name"] == finish["name"]
-        assert any(a <= start["ts"] < b for a, b in tracks[start["pid"], start["tid"]])
-        assert any(a <= finish["ts"] < b for a, b in tracks[finish["pid"], finish["tid"]])
-    hops = {"1f1b": 3, "dualpipe": 3, "dualpipe_v": 6}[name]  # hand-overs between ranks, of a micro-batch one way
-    assert len(flows) == 2 * hops * 8
-    assert [max(counters[rank]) for rank in range(4)] == timeline.peak_activations
-    assert all(counters[rank][-1] == 0 for rank in range(4))
+        assert start["ts"] < finish["ts"] and (start["name"], start["cat"]) == (finish["name"], finish["cat"])
+        ends = [next(s for s in slices if s["tid"] == e["tid"] and s["ts"] <= e["ts"] < s["ts"] + s["dur"])
+                for e in (start, finish)]  # fmt: skip
+        assert ends[0]["tid"] // 10 != ends[1]["tid"] // 10
+        assert ends[0]["args"]["micro_batch"] == ends[1]["args"]["micro_batch"]
+        step = ends[1]["args"]["stage"] - ends[0]["args"]["stage"]
+        assert step == (1 if start["name"] == "activation" else -1)
+
+
+def test_counters_of_a_trace_are_the_activations_held():
+    timeline, events = trace_of("dualpipe")
+    for rank in range(4):
+        held = [e["args"]["live"] for e in events if e["ph"] == "C" and e["name"] == f"activations of rank {rank}"]
+        assert max(held) == timeline.peak_activations[rank] and held[-1] == 0
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
