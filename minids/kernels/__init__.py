@@ -11,6 +11,7 @@ from torch import Tensor
 
 FILES = {
     "activation": ("swiglu", "swiglu_quantize"),
+    "adamw": ("adamw_",),
     "block": ("dequantize_block", "quantize_block"),
     "cross_entropy": ("cross_entropy_", "linear_cross_entropy"),
     "dispatch": ("plan_slots",),

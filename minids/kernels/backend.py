@@ -75,9 +75,9 @@ class Operation:
     tensors, selective checkpoints. Where nothing does, it is called as it is: torch's way through the dispatcher and back
     costs 10 to 40 microseconds a call, as much as a small kernel runs."""
 
-    def __init__(self, name: str, function: Callable):
+    def __init__(self, name: str, function: Callable, mutates: Sequence[str] = ()):
         self.function, self.name, self.node = function, name, None
-        self.op = torch.library.custom_op(f"minids::{name}", function, mutates_args=())
+        self.op = torch.library.custom_op(f"minids::{name}", function, mutates_args=mutates)
         self.register_fake = self.op.register_fake
 
     def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
@@ -103,9 +103,10 @@ class Operation:
         return self.function(*inputs)
 
 
-def registered(name: str) -> Callable[[Callable], Operation]:
-    """Decorator: the launcher of a kernel as an `Operation`. Its annotations become the schema."""
-    return lambda function: Operation(name, function)
+def registered(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable], Operation]:
+    """Decorator: the launcher of a kernel as an `Operation`. Its annotations become the schema; ``mutates`` names the
+    arguments that it writes to."""
+    return lambda function: Operation(name, function, mutates)
 
 
 def _obstacle(device: torch.device) -> str | None:

@@ -10,7 +10,7 @@ The three products of a linear layer y = x W^T are this one: forward A = x, B = 
 gradient A = dy^T, B = x^T, both quantised along tokens, FP32 out.
 
 Floors: 2 M N K operations at the tensor core's FP8 rate; M K + N K bytes of operands, scales of 4 / 128 a number of A, and
-the result. Promotion costs one multiply-add a number of C every 128 channels: an eighth of the cycles of the tensor
+the result. Promotion costs one multiply-add a number of C every 128 channels: a quarter of the cycles of the tensor
 core's own work, which another program on the same multiprocessor must hide.
 
 The kernel: a program has one tile of C. Tiles come in groups of rows, so that programs that run together share operands in

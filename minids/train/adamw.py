@@ -7,12 +7,15 @@ Everything is computed in FP32; a moment is rounded to BF16, to nearest even, wh
 uses it before it is rounded. Rounding errs by 2^-9 of a moment at most, and a step replaces a tenth (m) or a twentieth (v)
 of it, far more than that: so no change is ever lost, as it would be with b2 = 0.999, whose step changes v by a thousandth.
 
-torch's fused AdamW wants moments of the weights' own dtype; this is a loop over weights.
+torch's fused AdamW wants moments of the weights' own dtype; this is a loop over weights, on CUDA with one kernel each
+(minids/kernels/adamw.py).
 """
 
 from __future__ import annotations
 
 import torch
+
+from minids import kernels
 
 
 class BF16AdamW(torch.optim.Optimizer):
@@ -37,6 +40,10 @@ class BF16AdamW(torch.optim.Optimizer):
                 state[name] = torch.zeros_like(weight, dtype=torch.bfloat16)
         state["step"] += 1
         t = int(state["step"])
+        if kernels.uses_kernels(weight) and weight.dtype == g.dtype == torch.float32 and weight.is_contiguous():
+            kernels.adamw_(weight, g.contiguous(), state["exp_avg"], state["exp_avg_sq"], step=t, lr=group["lr"],
+                           betas=(b1, b2), eps=group["eps"], decay=group["weight_decay"])  # fmt: skip
+            return
         m = state["exp_avg"].float().lerp_(g, 1 - b1)
         v = state["exp_avg_sq"].float().mul_(b2).addcmul_(g, g, value=1 - b2)
         state["exp_avg"].copy_(m)
