@@ -22,6 +22,7 @@ FILES = {
     "latent_attention": ("mla_decode",),
     "quantize": ("quantize_tile", "quantize_tile_both", "quantize_tile_t"),
     "rmsnorm": ("rms_norm",),
+    "rope": ("rope_heads",),
     "routing": ("router",),
     "slots": ("combine",),
 }

@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minids import kernels
 from minids.config import ModelConfig
+from minids.kernels import uses_kernels
 from minids.model import attention_decode
 from minids.model.cache import LatentCache
 from minids.model.layers import RMSNorm
@@ -118,9 +120,12 @@ class MLA(nn.Module):
 
     def query(self, low_BTq: Tensor) -> tuple[Tensor, Tensor]:
         """q^N (B, T, H, N) and q^R (B, T, H, R), not rotated yet. The query is of low rank in inference too."""
-        cfg = self.cfg
-        q = self.q_b_proj(self.q_a_layernorm(low_BTq)) if cfg.q_lora_rank else low_BTq
-        return q.unflatten(-1, (cfg.num_attention_heads, -1)).split([cfg.qk_nope_head_dim, cfg.qk_rope_head_dim], dim=-1)
+        return self.query_heads(low_BTq).split([self.cfg.qk_nope_head_dim, self.cfg.qk_rope_head_dim], dim=-1)
+
+    def query_heads(self, low_BTq: Tensor) -> Tensor:
+        """(B, T, H, N + R), not rotated yet."""
+        q = self.q_b_proj(self.q_a_layernorm(low_BTq)) if self.cfg.q_lora_rank else low_BTq
+        return q.unflatten(-1, (self.cfg.num_attention_heads, -1))
 
     def latent(self, joint_BTc: Tensor) -> tuple[Tensor, Tensor]:
         """The normed latent c (B, T, C) and the one key k^R (B, T, R), not rotated yet."""
@@ -137,6 +142,15 @@ class MLA(nn.Module):
         q, k = torch.cat([q_nope, q_rope], dim=-1), torch.cat([k_nope, k_rope], dim=-1)
         out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, self.scale)
         return out.transpose(1, 2).flatten(-2)
+
+    def naive_fused(self, low_BTq: Tensor, joint_BTc: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
+        """`naive` without a cache where kernels run: rotation and joining in one pass. (B, T, H * V)"""
+        cfg = self.cfg
+        q = self.query_heads(low_BTq)
+        c, k_rope = self.latent(joint_BTc)
+        kv = self.kv_b_proj(c).unflatten(-1, (cfg.num_attention_heads, -1))
+        q, k, v = kernels.rope_heads(q, kv, k_rope.to(q.dtype), rope)
+        return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, self.scale).transpose(1, 2).flatten(-2)
 
     def absorbed(self, q_nope: Tensor, q_rope: Tensor, latent_BSc: Tensor, mask: Tensor | None) -> Tensor:
         """Attention over the latent itself: one key and value of C (+ R) numbers for all heads. (B, T, H * V)"""
@@ -166,6 +180,8 @@ class MLA(nn.Module):
     def core(self, low_BTq: Tensor, joint_BTc: Tensor, rope: Tensor, mask: Tensor | None, cache: LatentCache | None,
              layer: int, positions: Tensor | None, absorb: bool) -> Tensor:  # fmt: skip
         """What lies between the down-projections and o_proj: up-projections, rotation, attention. (B, T, H * V)"""
+        if cache is None and not absorb and uses_kernels(joint_BTc):
+            return self.naive_fused(low_BTq, joint_BTc, rope, mask)
         q_nope, q_rope = self.query(low_BTq)
         c, k_rope = self.latent(joint_BTc)
         # The shared key is rotated with the queries, as one more head.
