@@ -18,10 +18,9 @@ Shapes: N tokens, K chosen, M = N K slots, E experts, D hidden, F expert width.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from minids.kernels.activation import _swiglu_op, swiglu_backward
-from minids.kernels.backend import check, check_shape
+from minids.kernels.backend import check, check_shape, registered
 from minids.kernels.grouped import grouped_gemm, grouped_wgrad
 from minids.kernels.slots import combine
 
@@ -36,7 +35,8 @@ def routed_experts(
 
     Args:
         x: (N, D) bfloat16. weights: (N, K) float32, the gate values.
-        gate_up: (E, 2F, D), down: (E, D, F), bfloat16; or float32 with ``copies`` in bfloat16. D and F are multiples of 8.
+        gate_up: (E, 2F, D), down: (E, D, F), both bfloat16; or both float32 with ``copies`` in bfloat16. D and F are
+            multiples of 8.
         token, slot, ends, choice: of `plan_slots` with multiple 1.
 
     Returns:
@@ -53,35 +53,68 @@ def routed_experts(
     for name, w, own in zip(("gate_up", "down"), low, (gate_up, down), strict=True):
         check(name, w, ndim=3, dtype=BF16)
         check_shape(name, w, tuple(own.shape))
-    return _RoutedExperts.apply(x, weights, gate_up, down, *(w.detach() for w in low), token, slot, ends, choice)
+    low = [w.detach() for w in low]  # where there are no copies: differentiated as gate_up and down
+    return _forward(x, weights, gate_up, down, *low, token, slot, ends, choice)[0]
 
 
-class _RoutedExperts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weights, gate_up, down, low_gate_up, low_down, token, slot, ends, choice):
-        gates = weights.flatten().index_select(0, choice)
-        both = grouped_gemm(x.index_select(0, token), low_gate_up, ends)
-        out = combine(grouped_gemm(_swiglu_op(both, gates, None), low_down, ends), slot)
-        ctx.save_for_backward(x, gates, both, low_gate_up, low_down, token, slot, ends)
-        ctx.dtypes = gate_up.dtype, down.dtype
-        return out
+@registered("routed_experts")
+def _forward(
+    x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, low_gate_up: Tensor, low_down: Tensor, token: Tensor,
+    slot: Tensor, ends: Tensor, choice: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The sum, and what is kept of all slots: z and the gate values."""
+    gates = weights.flatten().index_select(0, choice)
+    both = grouped_gemm(x.index_select(0, token), low_gate_up, ends)
+    return combine(grouped_gemm(_swiglu_op(both, gates, None), low_down, ends), slot), both, gates
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_out: Tensor):
-        x, gates, both, gate_up, down, token, slot, ends = ctx.saved_tensors
-        needs_x, needs_weights, needs_gate_up, needs_down = ctx.needs_input_grad[:4]
-        dx = d_weights = d_gate_up = d_down = None
-        dy = d_out.index_select(0, token)
-        dh = grouped_gemm(dy, down.transpose(1, 2), ends)
-        d_both, d_gates, _, h = swiglu_backward(dh, both, gates, again=needs_down)
-        if needs_weights:
-            d_weights = d_gates.index_select(0, slot.flatten()).view(slot.shape)
-        if needs_down:
-            d_down = grouped_wgrad(dy, h, ends, out_dtype=ctx.dtypes[1])
-        del dy, dh, h
-        if needs_gate_up:
-            d_gate_up = grouped_wgrad(d_both, x.index_select(0, token), ends, out_dtype=ctx.dtypes[0])
-        if needs_x:
-            dx = combine(grouped_gemm(d_both, gate_up.transpose(1, 2), ends), slot)
-        return dx, d_weights, d_gate_up, d_down, None, None, None, None, None, None
+
+@registered("routed_experts_backward")
+def _backward(
+    d_out: Tensor, x: Tensor, gates: Tensor, both: Tensor, gate_up: Tensor, down: Tensor, token: Tensor, slot: Tensor,
+    ends: Tensor, out_dtype: torch.dtype, wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, weights, gate_up and down, those that are ``wanted``; the others are empty."""
+    dx, d_weights, d_gate_up, d_down = (x.new_empty(0) for _ in range(4))
+    dy = d_out.index_select(0, token)
+    dh = grouped_gemm(dy, down.transpose(1, 2), ends)
+    d_both, d_gates, _, h = swiglu_backward(dh, both, gates, again=wanted[3])
+    if wanted[1]:
+        d_weights = d_gates.index_select(0, slot.flatten()).view(slot.shape)
+    if wanted[3]:
+        d_down = grouped_wgrad(dy, h, ends, out_dtype=out_dtype)
+    del dy, dh, h
+    if wanted[2]:
+        d_gate_up = grouped_wgrad(d_both, x.index_select(0, token), ends, out_dtype=out_dtype)
+    if wanted[0]:
+        dx = combine(grouped_gemm(d_both, gate_up.transpose(1, 2), ends), slot)
+    return dx, d_weights, d_gate_up, d_down
+
+
+@_forward.register_fake
+def _(x, weights, gate_up, down, low_gate_up, low_down, token, slot, ends, choice):
+    return x.new_empty(x.shape), x.new_empty((len(token), gate_up.shape[1])), weights.new_empty(len(token))
+
+
+@_backward.register_fake
+def _(d_out, x, gates, both, gate_up, down, token, slot, ends, out_dtype, wanted):
+    kinds = ((x, x.shape, x.dtype), (gates, slot.shape, gates.dtype), (x, gate_up.shape, out_dtype),
+             (x, down.shape, out_dtype))
+    return tuple(t.new_empty(shape if want else 0, dtype=dtype if want else x.dtype)
+                 for want, (t, shape, dtype) in zip(wanted, kinds, strict=True))  # fmt: skip
+
+
+def _save(ctx, inputs, output):
+    x, _, gate_up, _, low_gate_up, low_down, token, slot, ends, _ = inputs
+    ctx.save_for_backward(x, output[2], output[1], low_gate_up, low_down, token, slot, ends)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros of z's size for a gradient that there cannot be
+    ctx.dtype = gate_up.dtype
+
+
+def _gradients(ctx, d_out: Tensor, *_):
+    wanted = list(ctx.needs_input_grad[:4])
+    found = _backward(d_out.contiguous(), *ctx.saved_tensors, ctx.dtype, wanted)
+    return *(gradient if want else None for gradient, want in zip(found, wanted, strict=True)), *(None,) * 6
+
+
+_forward.register_autograd(_gradients, setup_context=_save)

@@ -137,6 +137,7 @@ def _save(ctx, inputs, output):
     x, weight = inputs[:2]
     ctx.save_for_backward(x, weight, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, dy: Tensor, _):

@@ -168,3 +168,16 @@ def test_the_host_never_waits(dtype, monkeypatch):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert out.loss.isfinite()
+
+
+def test_registered(kernel):
+    x, weights, gate_up, down = (t.detach() for t in experts_case(kernel)[0])
+    choice, token, slot, ends = plan_slots(experts_case(kernel)[1], 6, backend="triton")
+    args = (x, weights, gate_up, down, gate_up.clone(), down.clone(), token, slot, ends, choice)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.minids.routed_experts.default, (x.requires_grad_(), *args[1:]), test_utils=checks)
+    x = x.detach()
+    _, both, gates = torch.ops.minids.routed_experts(x, *args[1:])
+    for wanted in ([True] * 4, [True, False, False, False]):
+        args = (x, x, gates, both, gate_up, down, token, slot, ends, torch.float32, wanted)
+        torch.library.opcheck(torch.ops.minids.routed_experts_backward.default, args, test_utils=checks[:2])
