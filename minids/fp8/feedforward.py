@@ -21,33 +21,35 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minids.fp8.linear import check_input, compute_dtype, input_columns
+from minids.fp8.linear import Quantised, check_input, compute_dtype, input_columns
 from minids.fp8.operands import Operand
 from minids.fp8.products import SLOTS, Simulated, engine_for
 from minids.fp8.recipe import Fp8Recipe
 from minids.fp8.saved import Source, restore, save, source_of
 from minids.model.attention import LatentCache
-from minids.model.layers import MLP, swiglu_backward, swiglu_forward
+from minids.model.layers import MLP
 from minids.model.moe import Dispatch, Experts, plan_dispatch, sum_slots
 from minids.model.router import Routing
 
 
 class _Fp8FeedForward(torch.autograd.Function):
-    """With ``plan`` None: gate, up (F, D), down (D, F). Else gate (E, 2F, D) holds both, down (E, D, F)."""
+    """With ``plan`` None: gate, up (F, D), down (D, F). Else gate (E, 2F, D) holds both, down (E, D, F). ``quantised``:
+    the operands of both products' weights, for Fprop and Dgrad."""
 
     @staticmethod
-    def forward(ctx, x_ND, gate, up, down, weight_M1, engine: Simulated, plan: Dispatch | None, source: Source | None):
+    def forward(ctx, x_ND, gate, up, down, weight_M1, quantised, engine: Simulated, plan: Dispatch | None,
+                source: Source | None):  # fmt: skip
         dtype, routed = compute_dtype(x_ND), plan is not None
         ends = plan.ends_E if routed else None
+        (up_fprop, up_dgrad), (down_fprop, down_dgrad) = quantised
         x = engine.rows(x_ND, exact=routed)
-        (up_fprop, up_dgrad), (down_fprop, down_dgrad) = engine.joined_weight(gate, up), engine.weight(down)
-        z_MF = engine.fprop(x.gather(plan.token_M) if routed else x, up_fprop, dtype, ends)
-        h_MF = swiglu_forward(z_MF, None, weight_M1)
-        y_MD = engine.fprop(engine.rows(h_MF), down_fprop, dtype, ends)
+        z_MF = engine.fprop(engine.slots(x, plan) if routed else x, up_fprop, dtype, ends)
+        h, z = engine.gated(z_MF, weight_M1)
+        y_MD = engine.fprop(h, down_fprop, dtype, ends)
         ctx.engine, ctx.plan, ctx.dtype, ctx.joined = engine, plan, dtype, up is None
         ctx.function, ctx.x_dtype = source.function if source else None, x_ND.dtype
-        kept = source.tensor if source else kept_tokens(engine, x_ND, x, routed)
-        save(ctx, kept, up_dgrad, engine.rows(z_MF), down_dgrad, weight_M1)
+        kept = source.tensor if source else x if routed else engine.kept_input(x_ND, x)  # slots' columns are of rows
+        save(ctx, kept, up_dgrad, z, down_dgrad, weight_M1)
         return sum_slots(y_MD, plan.slot_NK) if routed else y_MD
 
     @staticmethod
@@ -58,29 +60,21 @@ class _Fp8FeedForward(torch.autograd.Function):
         ends = plan.ends_E if plan is not None else None
         dy_rows, dy_columns = output_gradient(engine, dy, plan)
         dh = engine.dgrad(dy_rows, w_down, ctx.dtype, ends)
-        z_MF = z.dequantize(ctx.dtype)
-        d_down = engine.wgrad(dy_columns, engine.columns(swiglu_forward(z_MF, None, weight_M1)), ends)
-        dz, _, d_weight = swiglu_backward(dh, z_MF, None, weight_M1)
-        dz_rows, dz_columns = engine.both(dz)
-        x_columns = input_slots(engine, kept, ctx.function, plan)
-        d_up = engine.wgrad(dz_columns, x_columns, ends)
+        dz_rows, dz_columns, h_columns, d_weight = engine.gated_backward(dh, z, weight_M1)
+        d_down = engine.wgrad(dy_columns, h_columns, ends)
+        d_up = engine.wgrad(dz_columns, input_slots(engine, kept, ctx.function, plan), ends)
         dx = engine.dgrad(dz_rows, w_up, ctx.dtype, ends)
         dx = (dx if plan is None else sum_slots(dx, plan.slot_NK)).to(ctx.x_dtype)
         d_gate, d_up = (d_up, None) if ctx.joined else d_up.chunk(2)
-        return dx, d_gate, d_up, d_down, d_weight, None, None, None
-
-
-def kept_tokens(engine: Simulated, x_ND: Tensor, rows: Operand, routed: bool):
-    """What is kept of the input; experts' columns are of slots, so even MX keeps the tokens' rows."""
-    return rows if routed else engine.kept_input(x_ND, rows)
+        return dx, d_gate, d_up, d_down, d_weight, None, None, None, None
 
 
 def output_gradient(engine: Simulated, dy: Tensor, plan: Dispatch | None) -> tuple[Operand, Operand]:
     """The gradient of y as operands for Dgrad and Wgrad; dispatched to the slots in FP8."""
     if plan is None:
         return engine.both(dy)
-    slots = to_slots(engine.rows(dy, exact=True), plan)
-    return slots, engine.slot_columns(slots)
+    rows = engine.rows(dy, exact=True)
+    return engine.slots(rows, plan), engine.slot_columns(rows, plan)
 
 
 def input_slots(engine: Simulated, kept, function, plan: Dispatch | None) -> Operand:
@@ -89,16 +83,7 @@ def input_slots(engine: Simulated, kept, function, plan: Dispatch | None) -> Ope
         return input_columns(engine, kept, function)
     if function is not None:
         kept = engine.rows(function(kept).flatten(0, -2), exact=True)
-    return engine.slot_columns(to_slots(kept, plan))
-
-
-def to_slots(rows: Operand, plan: Dispatch) -> Operand:
-    """The rows in the order of the experts; zeros in slots that fill up a block."""
-    slots = rows.gather(plan.token_M)
-    if len(plan.choice_M) > plan.slot_NK.numel():
-        filling = (plan.choice_M == plan.slot_NK.numel()).unsqueeze(1)
-        slots.q.view(torch.uint8).masked_fill_(filling, 0)
-    return slots
+    return engine.slot_columns(kept, plan)
 
 
 class Fp8MLP(MLP):
@@ -109,7 +94,7 @@ class Fp8MLP(MLP):
         found = cls.__new__(cls)
         super(MLP, found).__init__()
         found.gate_proj, found.up_proj, found.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        found.recipe = Fp8Recipe.named(recipe)
+        found.recipe, found.quantised = Fp8Recipe.named(recipe), (Quantised(), Quantised())
         return found.train(mlp.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,7 +103,8 @@ class Fp8MLP(MLP):
         check_input(x, gate.shape[1])
         engine = engine_for(self.recipe, x.device, len(gate))
         source = source_of(x) if self.recipe.recompute else None
-        y = _Fp8FeedForward.apply(x.reshape(-1, x.shape[-1]), gate, up, down, None, engine, None, source)
+        quantised = self.quantised[0](engine.joined_weight, gate, up), self.quantised[1](engine.weight, down)
+        y = _Fp8FeedForward.apply(x.reshape(-1, x.shape[-1]), gate, up, down, None, quantised, engine, None, source)
         return y.view(x.shape)
 
 
@@ -130,7 +116,8 @@ class Fp8Experts(Experts):
         found = cls.__new__(cls)
         super(Experts, found).__init__()
         found.gate_up_proj, found.down_proj = experts.gate_up_proj, experts.down_proj
-        found.recipe, found.source = Fp8Recipe.named(recipe), None
+        found.recipe, found.source, found.copies = Fp8Recipe.named(recipe), None, None
+        found.quantised = (Quantised(), Quantised())
         return found.train(experts.training)
 
     def forward(self, x_ND: Tensor, routing: Routing, cache: LatentCache | None = None, layer: int = 0) -> Tensor:
@@ -139,10 +126,12 @@ class Fp8Experts(Experts):
             return super().forward(x_ND, routing, cache, layer)
         check_input(x_ND, self.gate_up_proj.shape[2])
         source, self.source = self.source, None
-        plan = plan_dispatch(routing, SLOTS)
+        engine = engine_for(self.recipe, x_ND.device, self.gate_up_proj.shape[1] // 2)
+        plan = plan_dispatch(routing, SLOTS, bound=engine.bound)
         weights = routing.weights.flatten()
         if len(plan.token_M) > len(weights):
             weights = torch.cat([weights, weights.new_zeros(1)])  # the gate value of filling slots
         weight_M1 = weights.index_select(0, plan.choice_M).to(compute_dtype(x_ND)).unsqueeze(-1)
-        engine = engine_for(self.recipe, x_ND.device, self.gate_up_proj.shape[1] // 2)
-        return _Fp8FeedForward.apply(x_ND, self.gate_up_proj, None, self.down_proj, weight_M1, engine, plan, source)
+        up, down = self.gate_up_proj, self.down_proj
+        quantised = self.quantised[0](engine.joined_weight, up, None), self.quantised[1](engine.weight, down)
+        return _Fp8FeedForward.apply(x_ND, up, None, down, weight_M1, quantised, engine, plan, source)

@@ -7,8 +7,8 @@
 The weight itself stays FP32: it is what the optimizer updates, and its gradient is FP32 too. Of the input only its FP8
 numbers are kept (minids/fp8/saved.py); the weight gradient dequantises them and quantises them again, along the tokens.
 
-Simplifications: the weight is quantised anew at every forward pass (V3: once a step), and its FP8 numbers, a byte each,
-are kept for backward.
+The weight is quantised once a step, whatever the number of micro-batches (`quantised_once`); backward needs its FP8
+numbers too, a byte each.
 
 Shapes: M tokens, K inputs, N outputs.
 """
@@ -16,12 +16,15 @@ Shapes: M tokens, K inputs, N outputs.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from minids.fp8.operands import Operand, keep_12_bits
+from minids.fp8.operands import Operand
 from minids.fp8.products import Simulated, engine_for
 from minids.fp8.recipe import Fp8Recipe
 from minids.fp8.saved import Source, restore, save, source_of
@@ -30,31 +33,31 @@ from minids.model.linear import Linear
 
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, engine: Simulated, wide_input: bool, given: Operand | None,
-                source: Source | None) -> Tensor:  # fmt: skip
-        x_MK = x.reshape(-1, x.shape[-1])
-        dtype = compute_dtype(x)
-        x_operand = engine.rows(x_MK, exact=wide_input) if given is None else given
-        w_fprop, w_dgrad = engine.weight(weight)
-        y = engine.fprop(x_operand, w_fprop, dtype)
+    def forward(ctx, x: Tensor, weight: Tensor, quantised: tuple[Operand, Operand], engine: Simulated, wide_input: bool,
+                given: Operand | None, source: Source | None) -> Tensor:  # fmt: skip
+        x_MK, (w_fprop, w_dgrad) = x.reshape(-1, x.shape[-1]), quantised
+        if wide_input:
+            x_operand, kept = engine.wide(x_MK)
+        else:
+            x_operand = engine.rows(x_MK) if given is None else given
+            kept = source.tensor if source else engine.kept_input(x_MK, x_operand)
+        y = engine.fprop(x_operand, w_fprop, compute_dtype(x))
         ctx.engine, ctx.wide_input, ctx.shape, ctx.dtype = engine, wide_input, x.shape, x.dtype
         ctx.function = source.function if source else None
-        kept = source.tensor if source else keep_12_bits(x_MK, (1, engine.side)) if wide_input else None
-        save(ctx, engine.kept_input(x_MK, x_operand) if kept is None else kept, w_dgrad)
+        save(ctx, kept, w_dgrad)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
         engine, (kept, weight) = ctx.engine, restore(ctx)
-        dy_MN = dy.reshape(-1, dy.shape[-1])
-        dy_rows, dy_columns = engine.both(dy_MN)
+        dy_rows, dy_columns = engine.both(dy.reshape(-1, dy.shape[-1]))
         dx = dw = None
         if ctx.needs_input_grad[0]:
             dx = engine.dgrad(dy_rows, weight, ctx.dtype).view(ctx.shape)
         if ctx.needs_input_grad[1]:
             dw = engine.wgrad(dy_columns, input_columns(engine, kept, ctx.function, ctx.wide_input))
-        return dx, dw, None, None, None, None
+        return dx, dw, None, None, None, None, None
 
 
 def input_columns(engine: Simulated, kept, function, exact: bool = False) -> Operand:
@@ -86,7 +89,8 @@ class Fp8Linear(Linear):
 
     def __init__(self, in_features: int, out_features: int, recipe: str | Fp8Recipe = "v3", wide_input: bool = False):
         super().__init__(in_features, out_features)
-        self.recipe, self.wide_input, self.shared = Fp8Recipe.named(recipe), wide_input, None
+        self.recipe, self.wide_input = Fp8Recipe.named(recipe), wide_input
+        self.shared, self.quantised = None, (Quantised(),)
 
     @classmethod
     def of(cls, linear: Linear, recipe: str | Fp8Recipe = "v3", wide_input: bool = False) -> Fp8Linear:
@@ -101,10 +105,42 @@ class Fp8Linear(Linear):
         engine = engine_for(self.recipe, x.device)
         given = self.shared.rows(engine, x) if self.shared is not None and torch.is_grad_enabled() else None
         source = source_of(x) if self.recipe.recompute and not self.wide_input else None
-        return _Fp8Linear.apply(x, self.weight, engine, self.wide_input, given, source)
+        quantised = self.quantised[0](engine.weight, self.weight)
+        return _Fp8Linear.apply(x, self.weight, quantised, engine, self.wide_input, given, source)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recipe={self.recipe.name}" + (", wide_input=True" if self.wide_input else "")
+
+
+class Quantised:
+    """Makes the FP8 numbers of a layer's weights: at every call, or once while `quantised_once` lasts."""
+
+    def __init__(self):
+        self.kept, self.made = False, None
+
+    def __call__(self, make: Callable, *weights: Tensor | None) -> Any:
+        """What ``make`` makes of the weights."""
+        if self.made is not None:
+            return self.made
+        with torch.no_grad():
+            made = make(*weights)
+        self.made = made if self.kept else None
+        return made
+
+
+@contextmanager
+def quantised_once(model: nn.Module) -> Iterator[None]:
+    """Inside, where nobody may write to the weights, each layer quantises its weights once, for all micro-batches of a
+    step. (That they have changed could not be found out: torch counts the writes to a tensor, but its fused AdamW does
+    not.)"""
+    found = [q for module in model.modules() for q in getattr(module, "quantised", ())]
+    for q in found:
+        q.kept = True
+    try:
+        yield
+    finally:
+        for q in found:
+            q.kept, q.made = False, None
 
 
 class SharedInput:

@@ -20,8 +20,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minids.fp8.operands import Kept12, Operand, join, quantize
+from minids.fp8.operands import Kept12, Operand, join, keep_12_bits, quantize
 from minids.fp8.recipe import MX_BLOCK, Fp8Recipe
+from minids.model.layers import swiglu_backward, swiglu_forward
+from minids.model.moe import Dispatch
 
 SLOTS = 128  # an expert's block of rows is a multiple of this
 
@@ -44,6 +46,8 @@ def engine_for(recipe: Fp8Recipe, device: torch.device, width: int = 0) -> Simul
 
 class Simulated:
     """Quantise, dequantise, multiply. An operand keeps the layout of its tensor in all three products."""
+
+    bound = False  # experts' slots end where the last expert's do
 
     def __init__(self, recipe: Fp8Recipe):
         self.recipe = recipe
@@ -75,9 +79,32 @@ class Simulated:
             return kept
         return self.columns(kept.dequantize(), exact)
 
-    def slot_columns(self, slots: Operand) -> Operand:
-        """An operand for Wgrad from the FP8 rows that the experts received."""
+    def wide(self, x_MC: Tensor) -> tuple[Operand, Kept12]:
+        """The operand of o_proj's input for Fprop, and what is kept of it."""
+        return self.rows(x_MC, exact=True), keep_12_bits(x_MC, (1, self.side))
+
+    def slots(self, rows: Operand, plan: Dispatch) -> Operand:
+        """The rows of tokens in the order of the experts; zeros in slots that fill up a block."""
+        found, choices = rows.gather(plan.token_M), plan.slot_NK.numel()
+        if len(plan.choice_M) > choices:
+            found.q.view(torch.uint8).masked_fill_((plan.choice_M >= choices).unsqueeze(1), 0)
+        return found
+
+    def slot_columns(self, rows: Operand, plan: Dispatch) -> Operand:
+        """An operand for Wgrad from the FP8 rows that the experts receive."""
+        slots = self.slots(rows, plan)
         return slots if self.recipe.scaling == "tensor" else self.columns(slots.dequantize())
+
+    def gated(self, z_MF: Tensor, weight_M1: Tensor | None) -> tuple[Operand, Operand]:
+        """The operand of h = silu(z_gate) z_up g for Fprop, and what is kept of z."""
+        return self.rows(swiglu_forward(z_MF, None, weight_M1)), self.rows(z_MF)
+
+    def gated_backward(self, dh_MF: Tensor, z: Operand, weight_M1: Tensor | None) -> tuple:
+        """From dh: dz as operands for Dgrad and for Wgrad, h again for Wgrad, and the gradient of g or None."""
+        z_MF = z.dequantize(dh_MF.dtype)
+        h = self.columns(swiglu_forward(z_MF, None, weight_M1))
+        dz, _, d_weight = swiglu_backward(dh_MF, z_MF, None, weight_M1)
+        return *self.both(dz), h, d_weight
 
     def weight(self, w: Tensor) -> tuple[Operand, Operand]:
         """(..., N, K) -> the operands for Fprop and for Dgrad: one and the same, but for MX."""

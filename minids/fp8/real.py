@@ -6,68 +6,64 @@ products. Its q and scales are those of `Simulated`, bit for bit; sums differ in
 `RealTensor` has one scale a tensor and no promotion: torch's FP8 product with `use_fast_accum`, whose sum stays in the
 tensor core from beginning to end. cuBLAS and CUTLASS apply the scales behind it.
 
-FP8 tensor cores want the summed index adjacent in memory in both factors, so Dgrad turns the weight's bytes around, and
-Wgrad quantises transposed copies.
+FP8 tensor cores want the summed index adjacent in memory in both factors: so Dgrad has a transposed copy of the weight,
+and Wgrad transposes of both (minids/fp8/turned.py, minids/fp8/gated.py).
 
 Shapes: M rows, N outputs, K inputs, C columns, E experts.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minids.fp8 import gated, turned
 from minids.fp8.operands import Kept12, Operand
 from minids.fp8.products import Simulated
-from minids.kernels import (
-    fp8_gemm,
-    grouped_fp8_gemm,
-    grouped_fp8_wgrad,
-    quantize_block,
-    quantize_tile,
-    quantize_tile_t,
-)
-
-
-class Columns(NamedTuple):
-    """An operand for Wgrad, quantised 128 x 1 where it is multiplied."""
-
-    x: Tensor  # (M, C)
-    scale: str
+from minids.fp8.turned import Turned
+from minids.kernels import fp8_gemm, grouped_fp8_gemm, quantize_tile, quantize_tile_t
+from minids.kernels.backend import choose
+from minids.kernels.grouped_fp8 import _grouped_fp8_wgrad, wgrad_reference
+from minids.model.moe import Dispatch
 
 
 class RealBlocks(Simulated):
-    """Tiles and blocks by minids.kernels."""
+    """Tiles and blocks by minids.kernels. Scales are column-major, as GEMMs read them. Nothing here mixes blocks of 128
+    slots, so there may be slots behind the last expert's, which spares the host to ask how many there are."""
+
+    bound = True
 
     def rows(self, x_MC: Tensor, exact: bool = False) -> Operand:
-        return Operand(*quantize_tile(x_MC.contiguous(), scale=self._scale(exact)), (1, 128))
+        return Operand(*quantize_tile(unit_stride(x_MC), scale=self._scale(exact), column_major=True), (1, 128))
 
-    def columns(self, x_MC: Tensor, exact: bool = False) -> Columns:
-        return Columns(x_MC.contiguous(), self._scale(exact))
+    def columns(self, x_MC: Tensor, exact: bool = False) -> Turned:
+        return Turned(*quantize_tile_t(unit_stride(x_MC), scale=self._scale(exact), column_major=True))
 
-    def columns_again(self, kept: Operand | Kept12, exact: bool = False) -> Columns:
-        """BF16 holds what was dequantised where its scales are powers of two; else FP32 does."""
-        powers = isinstance(kept, Kept12) or self.recipe.scale == "ue8m0"
-        return self.columns(kept.dequantize(torch.bfloat16 if powers else torch.float32), exact)
+    def columns_again(self, kept: Operand | Kept12, exact: bool = False) -> Turned:
+        return turned.wide_columns(kept) if isinstance(kept, Kept12) else turned.columns(kept, self._scale(exact))
 
-    def slot_columns(self, slots: Operand) -> Columns:
-        return self.columns(slots.dequantize(torch.bfloat16))  # dispatched with powers of two
+    def wide(self, x_MC: Tensor) -> tuple[Operand, Kept12]:
+        return turned.keep_wide(x_MC)
+
+    def slots(self, rows: Operand, plan: Dispatch) -> Operand:
+        return turned.slots(rows, plan)
+
+    def slot_columns(self, rows: Operand, plan: Dispatch) -> Turned:
+        return turned.columns(rows, self.recipe.scale, plan)
+
+    def gated(self, z_MF: Tensor, weight_M1: Tensor | None) -> tuple[Operand, Operand]:
+        return gated.gated(z_MF, weight_M1, self.recipe.scale)
+
+    def gated_backward(self, dh_MF: Tensor, z: Operand, weight_M1: Tensor | None) -> tuple:
+        return gated.gated_backward(dh_MF, z, weight_M1, self.recipe.scale)
 
     def weight(self, w: Tensor) -> tuple[Operand, Operand]:
-        found = Operand(*quantize_block(w.contiguous(), scale=self.recipe.scale), (128, 128))
-        return found, found
+        return turned.weight_both(w, self.recipe.scale)
 
     def joined_weight(self, gate: Tensor, up: Tensor | None) -> tuple[Operand, Operand]:
         """Blocks start anew at ``up`` by themselves: engines are chosen so that F is a multiple of 128."""
-        if up is None:
-            return self.weight(gate)
-        (first, _), (second, _) = self.weight(gate), self.weight(up)
-        q = torch.cat([first.q.view(torch.uint8), second.q.view(torch.uint8)]).view(torch.float8_e4m3fn)
-        found = Operand(q, torch.cat([first.scale_inv, second.scale_inv]), first.group)
-        return found, found
+        return self.weight(gate if up is None else torch.cat([gate.detach(), up.detach()]))
 
     def fprop(self, x: Operand, w: Operand, dtype: torch.dtype, ends: Tensor | None = None) -> Tensor:
         if ends is None:
@@ -75,17 +71,20 @@ class RealBlocks(Simulated):
         return grouped_fp8_gemm(x.q, x.scale_inv, w.q, w.scale_inv, ends, out_dtype=dtype)
 
     def dgrad(self, dy: Operand, w: Operand, dtype: torch.dtype, ends: Tensor | None = None) -> Tensor:
-        turned = Operand(turn(w.q), w.scale_inv.transpose(-1, -2).contiguous(), w.group)
-        return self.fprop(dy, turned, dtype, ends)
+        return self.fprop(dy, w, dtype, ends)  # w was turned when it was quantised
 
-    def wgrad(self, dy: Columns, x: Columns, ends: Tensor | None = None) -> Tensor:
+    def wgrad(self, dy: Turned, x: Turned, ends: Tensor | None = None) -> Tensor:
         if ends is not None:
-            return grouped_fp8_wgrad(dy.x, x.x, ends, scale=self.recipe.scale)
-        factors = (*quantize_tile_t(dy.x, scale=dy.scale), *quantize_tile_t(x.x, scale=x.scale))
-        return fp8_gemm(*factors, out_dtype=torch.float32)
+            product = wgrad_reference if choose(None, ends) == "torch" else _grouped_fp8_wgrad
+            return product(*dy, *x, ends)
+        return fp8_gemm(*dy, *x, out_dtype=torch.float32)
 
     def _scale(self, exact: bool) -> str:
         return "ue8m0" if exact else self.recipe.scale
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class RealTensor(Simulated):

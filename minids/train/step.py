@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from minids.data import PackedRows
+from minids.fp8.linear import quantised_once
 from minids.model.balancer import Balancer
 from minids.model.load import LoadMeter
 from minids.model.loss import IGNORE
@@ -87,7 +88,7 @@ def compute_gradients(model: Transformer, optimizer: Optimizer, tokens: np.ndarr
     sums = {"total": 0.0, "loss": 0.0, "balance": 0.0}
     mtp_sums, meter = [], LoadMeter(model.cfg)
     low = model.experts() if config.resolved_precision == "bf16-autocast" else []
-    with copied_once(low):
+    with copied_once(low), quantised_once(model):
         for start in range(0, rows, config.micro_batch):
             part = slice(start, start + config.micro_batch)
             with autocast(config.resolved_precision, config.device):
