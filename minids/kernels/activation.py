@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minids.kernels.backend import TILE, cdiv, check, check_shape, choose, jit, registered, tl
-from minids.kernels.quantize import SCALES, e4m3_scale, magnitude_bits, to_e4m3
+from minids.kernels.e4m3 import SCALES, e4m3_scale, magnitude_bits, to_e4m3
 from minids.kernels.quantize import empty as empty_quantized
 from minids.kernels.quantize import reference as quantize_reference
 

@@ -4,7 +4,7 @@
 
 The published checkpoint stores Q as `weight` and s as `weight_scale_inv`. A weight changes once a step, an activation with
 every token: one scale a block is enough, and the transpose, which the input gradient wants, needs no second quantisation.
-Blocks of zeros, and blocks that are not finite, are treated as `minids.kernels.quantize` says.
+Blocks of zeros, and blocks that are not finite, are treated as `minids.kernels.e4m3` says.
 
 Floors for N x K in BF16: N K (2 + 1) bytes to quantise; N K (1 + 2) back to BF16.
 
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minids.kernels.backend import E4M3_MAX, TILE, cdiv, check, check_shape, choose, jit, registered, tl
-from minids.kernels.quantize import FLOATS, SCALES, e4m3_scale, magnitude_bits, scale_of, to_e4m3
+from minids.kernels.e4m3 import SCALES, e4m3_scale, magnitude_bits, scale_of, to_e4m3
+from minids.kernels.quantize import FLOATS
 
 FP8 = torch.float8_e4m3fn
 

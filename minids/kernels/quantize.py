@@ -5,10 +5,8 @@ from costing the rest of its row their precision:
 
     s[m, k] = max |x[m, 128 k : 128 k + 128]| / 448        q = round_to_E4M3(x / s)        x ~ q * s
 
-Both divisions are true ones, rounded as IEEE says, so that the kernel gives the reference's bits. With
-`scale="ue8m0"` s is the next power of two (V3 does so for the inputs of the layers after attention; later chips want
-no other). A tile of zeros gets s = 1. A tile with a NaN or an infinity becomes NaN, scale and all: the loss will tell,
-and nothing has to be read back from the device to find out.
+With `scale="ue8m0"` s is the next power of two (V3 does so for the inputs of the layers after attention; later chips want
+no other). `e4m3` says how both are computed, and what becomes of zeros, infinities and NaN.
 
 The weight gradient dW = dY^T X sums over tokens, so there a tile is 128 tokens of one channel: `quantize_tile_t` gives
 the transpose, quantised 1 x 128, and `quantize_tile_both` both from one read of x.
@@ -28,11 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minids.kernels.backend import E4M3_MAX, TILE, cdiv, check, choose, jit, registered, tl
+from minids.kernels.e4m3 import SCALES, e4m3_scale, magnitude_bits, scale_of, to_e4m3
 
-SCALES = ("fp32", "ue8m0")
-# The smallest amax whose scale is a normal FP32 number; below it amax / 448 would lose bits or become 0.
-SMALLEST_AMAX = E4M3_MAX * torch.finfo(torch.float32).tiny
-SMALLEST = tl.constexpr(SMALLEST_AMAX)
 FLOATS = (torch.bfloat16, torch.float32, torch.float16)
 
 
@@ -94,60 +89,12 @@ def reference(x: Tensor, scale: str = "fp32") -> tuple[Tensor, Tensor]:
     return scaled.to(torch.float8_e4m3fn).flatten(1)[:, :k].contiguous(), scale_inv
 
 
-def scale_of(amax: Tensor, scale: str = "fp32") -> Tensor:
-    """The scale of tiles whose largest magnitudes are amax: amax / 448, or the next power of two; 1 for zero, NaN for
-    what is not finite."""
-    # Divided by a tensor: CUDA turns a division by a Python number into a product with its rounded reciprocal.
-    scale_inv = amax.clamp(min=SMALLEST_AMAX) / torch.full_like(amax, E4M3_MAX)
-    if scale == "ue8m0":
-        bits = scale_inv.view(torch.int32)
-        scale_inv = ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)  # mantissa 0: stays; else the next exponent
-    scale_inv = torch.where(amax == 0, 1.0, scale_inv)
-    return torch.where(amax < torch.inf, scale_inv, torch.nan)
-
-
 def _reference_t(x: Tensor, scale: str, column_major: bool) -> tuple[Tensor, Tensor]:
     q, scale_inv = reference(x.t(), scale)
     return _empty_t(x, False)[0].copy_(q), _column_major(scale_inv) if column_major else scale_inv
 
 
 # ---- Triton ----
-
-
-@jit
-def e4m3_scale(amax_bits, UE8M0: tl.constexpr):
-    """The scale of tiles from the bits of their largest magnitudes: as integers NaN > infinity > every number."""
-    amax = tl.maximum(amax_bits.to(tl.float32, bitcast=True), SMALLEST)
-    scale = amax * (1 / 448)
-    scale = tl.fma(tl.fma(scale, -448.0, amax), 1 / 448, scale)  # amax / 448, correctly rounded: see to_e4m3
-    if UE8M0:
-        bits = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
-        scale = bits.to(tl.float32, bitcast=True)
-    scale = tl.where(amax_bits == 0, 1.0, scale)
-    return tl.where(amax_bits >= 0x7F800000, float("nan"), scale)
-
-
-@jit
-def magnitude_bits(x):
-    """|x| as an integer that orders like it."""
-    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@jit
-def to_e4m3(x, scale):
-    """round_to_E4M3(x / scale). scale has x's shape or broadcasts to it.
-
-    The quotient is rounded as a true division rounds it, without a division a number: x times 1 / scale is off by a few
-    units in the last place; a fused multiply-add finds what is missing, and a second one adds it (Markstein). Tiles so
-    small that the remainder would be subnormal are lifted by 2^64 first. The conversion saturates.
-    """
-    lift = tl.where(scale < 1e-20, -18446744073709551616.0, -1.0)  # negative: the order of signs keeps -0 as it is
-    scale *= -lift
-    inverse = -1.0 / scale
-    scale, inverse = tl.broadcast_to(scale, x.shape), tl.broadcast_to(inverse, x.shape)
-    x *= lift
-    quotient = x * inverse
-    return tl.fma(tl.fma(quotient, scale, x), inverse, quotient).to(tl.float8e4nv)
 
 
 @jit(varying=("M",))
