@@ -28,7 +28,7 @@ from minids.fp8.recipe import Fp8Recipe
 from minids.fp8.saved import Source, restore, save, source_of
 from minids.model.attention import LatentCache
 from minids.model.layers import MLP
-from minids.model.moe import Dispatch, Experts, plan_dispatch, sum_slots
+from minids.model.moe import Dispatch, Experts, plan_dispatch
 from minids.model.router import Routing
 
 
@@ -50,7 +50,7 @@ class _Fp8FeedForward(torch.autograd.Function):
         ctx.function, ctx.x_dtype = source.function if source else None, x_ND.dtype
         kept = source.tensor if source else x if routed else engine.kept_input(x_ND, x)  # slots' columns are of rows
         save(ctx, kept, up_dgrad, z, down_dgrad, weight_M1)
-        return sum_slots(y_MD, plan.slot_NK) if routed else y_MD
+        return engine.combine(y_MD, plan) if routed else y_MD
 
     @staticmethod
     @once_differentiable
@@ -64,7 +64,7 @@ class _Fp8FeedForward(torch.autograd.Function):
         d_down = engine.wgrad(dy_columns, h_columns, ends)
         d_up = engine.wgrad(dz_columns, input_slots(engine, kept, ctx.function, plan), ends)
         dx = engine.dgrad(dz_rows, w_up, ctx.dtype, ends)
-        dx = (dx if plan is None else sum_slots(dx, plan.slot_NK)).to(ctx.x_dtype)
+        dx = (dx if plan is None else engine.combine(dx, plan)).to(ctx.x_dtype)
         d_gate, d_up = (d_up, None) if ctx.joined else d_up.chunk(2)
         return dx, d_gate, d_up, d_down, d_weight, None, None, None, None
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from minids.fp8.operands import Kept12, Operand, join, keep_12_bits, quantize
 from minids.fp8.recipe import MX_BLOCK, Fp8Recipe
 from minids.model.layers import swiglu_backward, swiglu_forward
-from minids.model.moe import Dispatch
+from minids.model.moe import Dispatch, sum_slots
 
 SLOTS = 128  # an expert's block of rows is a multiple of this
 
@@ -94,6 +94,10 @@ class Simulated:
         """An operand for Wgrad from the FP8 rows that the experts receive."""
         slots = self.slots(rows, plan)
         return slots if self.recipe.scaling == "tensor" else self.columns(slots.dequantize())
+
+    def combine(self, y_MD: Tensor, plan: Dispatch) -> Tensor:
+        """Each token's sum over its slots, (N, D)."""
+        return sum_slots(y_MD, plan.slot_NK)
 
     def gated(self, z_MF: Tensor, weight_M1: Tensor | None) -> tuple[Operand, Operand]:
         """The operand of h = silu(z_gate) z_up g for Fprop, and what is kept of z."""

@@ -22,7 +22,7 @@ from minids.fp8 import gated, turned
 from minids.fp8.operands import Kept12, Operand
 from minids.fp8.products import Simulated
 from minids.fp8.turned import Turned
-from minids.kernels import fp8_gemm, grouped_fp8_gemm, quantize_tile, quantize_tile_t
+from minids.kernels import combine, fp8_gemm, grouped_fp8_gemm, quantize_tile, quantize_tile_t
 from minids.kernels.backend import choose
 from minids.kernels.grouped_fp8 import _grouped_fp8_wgrad, wgrad_reference
 from minids.model.moe import Dispatch
@@ -51,6 +51,9 @@ class RealBlocks(Simulated):
 
     def slot_columns(self, rows: Operand, plan: Dispatch) -> Turned:
         return turned.columns(rows, self.recipe.scale, plan)
+
+    def combine(self, y_MD: Tensor, plan: Dispatch) -> Tensor:
+        return combine(y_MD, plan.slot_NK) if y_MD.dtype == torch.bfloat16 else super().combine(y_MD, plan)
 
     def gated(self, z_MF: Tensor, weight_M1: Tensor | None) -> tuple[Operand, Operand]:
         return gated.gated(z_MF, weight_M1, self.recipe.scale)

@@ -50,17 +50,22 @@ class Source(NamedTuple):
     tensor: Tensor
 
 
+def under_this_autocast(function: Callable, device: str) -> Callable:
+    """The function as it would run here and now: backward has another thread, which knows nothing of autocast. Gradients
+    are on, as they were, since that may choose another way to compute the same."""
+    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+
+    def again(*args):
+        with torch.enable_grad(), torch.autocast(device, dtype, enabled=enabled):
+            return function(*args)
+
+    return again
+
+
 def mark_recomputable(x: Tensor, function: Callable[[Tensor], Tensor], source: Tensor) -> None:
-    """Says that x = function(source), so that a layer may keep ``source`` in the place of x. In backward it runs as it
-    did: with gradients on, which may choose another way to compute it, and under the same autocast."""
-    device = source.device.type
-    context = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-
-    def again(tensor: Tensor) -> Tensor:
-        with torch.enable_grad(), torch.autocast(context[0], context[1], enabled=context[2]):
-            return function(tensor).detach()
-
-    x.fp8_source = Source(again, source.detach())
+    """Says that x = function(source), so that a layer may keep ``source`` in the place of x."""
+    again = under_this_autocast(function, source.device.type)
+    x.fp8_source = Source(lambda tensor: again(tensor).detach(), source.detach())
 
 
 def source_of(x: Tensor) -> Source | None:

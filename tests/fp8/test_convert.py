@@ -9,7 +9,7 @@ from torch import nn
 from minids import ModelConfig, Transformer
 from minids.checkpoint import load, save
 from minids.fp8 import Fp8Linear, Fp8Recipe, dequantize, quantize_block, to_fp8
-from minids.fp8.attention import Fp8MLA
+from minids.fp8.attention import Fp8MLA, Heads
 from minids.fp8.feedforward import Fp8Experts, Fp8MLP
 from minids.fp8.products import Simulated
 from minids.fp8.recipe import RECIPES
@@ -76,6 +76,21 @@ def test_recomputing_changes_no_bit(recipe):
         other = to_fp8(copy.deepcopy(twin), recipe)
         again, found = gradients(other, rows, **options)
         assert again == loss and all(torch.equal(found[name], grads[name]) for name in grads)
+
+
+def test_heads_made_again_for_a_fused_attention_change_no_bit_and_are_not_kept(monkeypatch):
+    """The way of CUDA, on one row, of whose heads the CPU's attention keeps views."""
+    model, rows = model_and_rows()
+    twin, sizes = copy.deepcopy(model), []
+    loss, grads = gradients(to_fp8(model, Fp8Recipe.named("v3", recompute=False)), rows[:1])
+    monkeypatch.setattr("minids.fp8.attention.is_fused", lambda x: True)
+    pack = Heads.pack
+    monkeypatch.setattr(Heads, "pack", lambda self, t: sizes.append(type(pack(self, t))) or pack(self, t))
+    for options in ({}, {"recompute": True}):
+        sizes.clear()
+        again, found = gradients(to_fp8(copy.deepcopy(twin)), rows[:1], **options)
+        assert again == loss and all(torch.equal(found[name], grads[name]) for name in grads)
+        assert sizes.count(tuple) >= 3 * 3  # q, k and v of three layers
 
 
 def test_recomputing_keeps_less():
