@@ -252,7 +252,7 @@ class Pipeline:
     def gather_model(self) -> Transformer | None:
         """On rank 0 the whole model, on the CPU; None elsewhere. All ranks call it."""
         whole = model_on_meta(self.cfg, self.dtype)
-        found = self._gather(self.model.state_dict(), whole.state_dict())
+        found = self.gather(self.model.state_dict(), whole.state_dict())
         if found is None:
             return None
         whole.load_state_dict(found, assign=True)
@@ -264,18 +264,19 @@ class Pipeline:
         """On rank 0 the gradient of every parameter, float32 (or the model's dtype); None elsewhere. All ranks call it."""
         masters = self.optimizer.masters
         whole = model_on_meta(self.cfg, next(iter(masters.values())).dtype)
-        return self._gather({name: master.grad for name, master in masters.items()}, dict(whole.named_parameters()))
+        return self.gather({name: master.grad for name, master in masters.items()}, dict(whole.named_parameters()))
 
     @torch.no_grad()
-    def _gather(self, tensors: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor] | None:
-        """Every tensor named in ``like``, which has its shape and dtype, from the rank that owns it to rank 0."""
+    def gather(self, tensors: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """Every tensor named in ``like``, which has its shape and dtype, from the rank that owns it to rank 0, on the CPU;
+        None elsewhere. Names are a parameter's, or KIND/ before it. All ranks call it."""
         world, found = self.group or dist.group.WORLD, {}
         for name, wanted in like.items():
-            owner = self.placement.holders(name)[0]
+            owner = self.placement.holders(name.split("/")[-1])[0]
             if self.rank == owner == 0:
                 found[name] = tensors[name].detach().to("cpu", copy=True)
             elif self.rank == owner:
-                transfer(dist.isend, tensors[name].detach().contiguous(), dist.get_global_rank(world, 0), self.group)
+                transfer(dist.isend, tensors[name].detach().to(self.device), dist.get_global_rank(world, 0), self.group)
             elif self.rank == 0:
                 value = torch.empty(wanted.shape, dtype=wanted.dtype, device=self.device)
                 transfer(dist.irecv, value, dist.get_global_rank(world, owner), self.group)

@@ -7,12 +7,14 @@ order of sums. Each process is one pipeline rank with a device of its own: gloo 
     torchrun --nproc-per-node 4 -m minids train --pipeline dualpipe_v --model num_hidden_layers=8 ...      # 2 stages a rank
 
 All ranks read the same rows; rank 0 alone writes: metrics.jsonl, and checkpoints in the published format, gathered tensor
-by tensor, which `python -m minids generate` and any other reader of the format takes.
+by tensor, which `python -m minids generate` and any other reader of the format takes. With --resume a run goes on from its
+last checkpoint: bit for bit with the same schedule and ranks, and just as well with others, or without --pipeline on one
+process (resume.py). All ranks must see the run folder.
 
 Simplifications: the batch does not grow unless --recipe.batch-start says so, and then every batch on the way must divide
 into micro-batches; a rest of the token budget that does not is left out. One pipeline, no data parallelism beside it.
-Moments are not gathered, so a pipelined run cannot be resumed. Validation runs on rank 0 with the gathered model. A step
-that is not finite is skipped on all ranks.
+Validation runs on rank 0 with the gathered model. A step that is not finite is skipped on all ranks. A signal ends the
+processes at once: what was saved last counts.
 
 Source: DeepSeek-V3 Technical Report (arXiv 2412.19437), sections 3.2.1 and 4.2.
 """
@@ -34,26 +36,33 @@ from minids import checkpoint
 from minids.data import Data, build_data
 from minids.model.transformer import Transformer
 from minids.pipeline.launch import Watch, device_of, initialise
+from minids.pipeline.resume import gather_state, load_rng, load_state
 from minids.pipeline.runtime import Pipeline, Placement, choose_micro_batches
 from minids.plots import loss_curve
 from minids.train import state
 from minids.train.metrics import MetricsLog, peak_flops, read_metrics
 from minids.train.settings import FREE_ON_RESUME, TrainConfig
 from minids.train.step import StepResult, validation_loss
-from minids.train.trainer import Progress, TrainingStopped, write_sample
+from minids.train.trainer import Progress, TrainingStopped, fingerprint, write_sample
 
 
-def check(config: TrainConfig, ranks: int) -> None:
-    """Raises ValueError, FileExistsError for settings that cannot work; reads no data and writes nothing."""
-    if config.resume:
-        raise ValueError("resume with pipeline: not possible, the optimizer's moments lie on many ranks and are not saved; "
-                         "allowed is a new run")  # fmt: skip
+def check(config: TrainConfig, ranks: int) -> Path | None:
+    """The checkpoint to resume from, None for a run from the start. Raises ValueError, FileExistsError, FileNotFoundError
+    for settings that cannot work; reads no data and writes nothing."""
     Placement.plan(config, config.model_config(), ranks)
-    batches = [rows for _, rows in config.recipe.build().batches()]
+    device_of(config.device)
+    found = state.check_folder(config.folder, config.to_dict(), config.resume, config.overwrite, FREE_ON_RESUME)
+    done = json.loads((found / "trainer.json").read_text())["progress"]["tokens"] if found is not None else 0
+    batches = [rows for tokens, rows in config.recipe.build().batches() if tokens >= done]
     for rows in sorted(set(batches[:-1] or batches)):
         choose_micro_batches(config, ranks, rows)
-    device_of(config.device)
-    state.check_folder(config.folder, config.to_dict(), False, config.overwrite, FREE_ON_RESUME)
+    return found
+
+
+def _ramp_of_the_run(config: TrainConfig) -> bool:
+    """Whether the run to be resumed has the recipe's own ramp: it was begun on one process."""
+    file = config.folder / "run.json"
+    return config.resume and file.exists() and json.loads(file.read_text())["recipe"]["batch_start"] is None
 
 
 def train_pipeline(config: TrainConfig) -> dict:
@@ -65,18 +74,21 @@ def train_pipeline(config: TrainConfig) -> dict:
         raise ValueError(f"--pipeline {config.pipeline} needs one process a rank: start it as "
                          "torchrun --nproc-per-node 4 -m minids train --pipeline ...")  # fmt: skip
     rank = int(os.environ["RANK"])
-    if config.recipe.batch_start is None:  # a ramp passes through batches that no schedule can cut
-        config.recipe.batch_start = config.recipe.batch
+    if config.recipe.batch_start is None and not _ramp_of_the_run(config):
+        config.recipe.batch_start = config.recipe.batch  # a ramp passes through batches that no schedule can cut
     try:
-        check(config, int(os.environ["WORLD_SIZE"]))
-    except (ValueError, FileExistsError):
+        found = check(config, int(os.environ["WORLD_SIZE"]))
+    except (ValueError, FileExistsError, FileNotFoundError):
         if rank == 0:
             raise
         time.sleep(20)  # torchrun ends all at the first exit: rank 0's, which says why
         sys.exit(2)
+    settings = config.to_dict()
     with initialise(config.device) as watch:
         config.device = str(device_of(config.device))
-        return PipelineRun(config, rank, watch).run()
+        run = PipelineRun(config, rank, watch)
+        run.start(settings, found)
+        return run.run()
 
 
 class PipelineRun:
@@ -91,11 +103,25 @@ class PipelineRun:
         cfg = config.model_config(tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id)
         torch.manual_seed(config.seed)
         self.pipeline = Pipeline(Placement.plan(config, cfg, self.ranks), config, torch.device(config.device))
-        self.log = None
-        if rank == 0:
-            state.open_folder(config.folder, config.to_dict(), resume=False)
-            tokenizer.save(config.folder / "tokenizer.json")
-            self.log = MetricsLog(config.folder / "metrics.jsonl")
+        self.log: MetricsLog | None = None
+        self.found: Path | None = None  # the checkpoint that the run goes on from
+
+    def start(self, settings: dict, found: Path | None) -> None:
+        """Open the run folder on rank 0, and take over the checkpoint ``found``."""
+        self.found, config, values = found, self.config, None
+        if found is not None:
+            values = load_state(self.pipeline, found)
+            if values["data"] != fingerprint(self.data):
+                raise ValueError(f"--resume: the training tokens are not those of the run in {config.folder} (the corpus "
+                                 f"or the tokenizer has changed): {values['data']} then, {fingerprint(self.data)} now")
+            self.progress = Progress(**values["progress"])
+            state.set_rng_state(load_rng(found), values["rng"])
+        dist.barrier()  # rank 0 changes the folder when all have read it
+        if self.rank == 0:
+            state.open_folder(config.folder, settings, config.resume)
+            if found is None:
+                self.data.tokenizer.save(config.folder / "tokenizer.json")
+            self.log = MetricsLog(config.folder / "metrics.jsonl", values["metrics_bytes"] if values else 0)
 
     def _read_data(self) -> Data:
         """Rank 0 first: it fills the cache that the others then find full."""
@@ -112,8 +138,8 @@ class PipelineRun:
         steps = sum(1 for _ in self.recipe.batches())
         if self.rank == 0:
             self._announce()
-        folder, bar = None, tqdm(total=steps, unit="step", disable=self.rank != 0 or bool(os.environ.get("CI")))
-        with bar:
+        folder, quiet = self.found, self.rank != 0 or bool(os.environ.get("CI"))
+        with tqdm(total=steps, initial=progress.step, unit="step", disable=quiet) as bar:
             while rows := self._next_batch():
                 record = self.step(rows)
                 final = not self._next_batch()
@@ -186,18 +212,22 @@ class PipelineRun:
         return {"valid_loss": self.progress.valid_loss} if model is not None else {}
 
     def save(self) -> Path | None:
-        """Gather the model and write the checkpoint of the current step; its folder on rank 0."""
-        model, config = self.pipeline.gather_model(), self.config
+        """Gather model and moments and write the checkpoint of the current step; its folder on rank 0."""
+        model, gathered, config = self.pipeline.gather_model(), gather_state(self.pipeline), self.config
         if model is None:
             return None
+        tensors, optimizer = gathered
+        rng_tensors, rng = state.rng_state()
 
         def write_model(folder: Path) -> None:
             checkpoint.save(model, folder)
             self.data.tokenizer.save(folder / "tokenizer.json")
 
-        values = {"progress": asdict(self.progress), "pipeline": config.pipeline, "ranks": self.ranks,
-                  "metrics_bytes": self.log.sync(), "torch": torch.__version__}  # fmt: skip
-        folder = state.save_checkpoint(config.folder, self.progress.step, write_model, {}, values, config.keep)
+        values = {"progress": asdict(self.progress), "optimizer": optimizer, "rng": rng, "pipeline": config.pipeline,
+                  "ranks": self.ranks, "metrics_bytes": self.log.sync(), "data": fingerprint(self.data),
+                  "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
+        tensors = {f"optimizer/{key}": tensor for key, tensor in tensors.items()} | rng_tensors
+        folder = state.save_checkpoint(config.folder, self.progress.step, write_model, tensors, values, config.keep)
         temporary = config.folder / "loss.png.tmp"
         loss_curve(read_metrics(config.folder), title=config.name).savefig(temporary, format="png")
         os.replace(temporary, config.folder / "loss.png")

@@ -24,8 +24,10 @@ from minids.pipeline.schedules import NAMES
 from minids.train.optim import OptimConfig
 from minids.train.recipe import Recipe
 
-# A resumed run may change these: they leave the sequence of weights and losses as it is.
-FREE_ON_RESUME = {"resume", "overwrite", "out", "name", "keep", "save_every", "prompts", "sample_tokens"}
+# A resumed run may change these: they leave the sequence of weights and losses as it is (a pipeline: but for the order of
+# sums).
+FREE_ON_RESUME = {"resume", "overwrite", "out", "name", "keep", "save_every", "prompts", "sample_tokens", "pipeline",
+                  "pipeline_layers", "pipeline_chunks"}
 @dataclass
 class RecipeConfig:
     """V3's schedule on a budget of `tokens`; see minids.train.recipe."""

@@ -4,12 +4,14 @@ jobs beside this file, because only a process that has run no backward may be fo
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from minids import checkpoint
 from minids.data import DataConfig
@@ -142,17 +144,79 @@ def settings(tmp_path) -> dict:
             "cache_dir": str(tmp_path / "cache")}  # fmt: skip
     recipe = {"tokens": 4 * 8 * 16 + 3 * 16, "sequence_length": 16, "batch": 8, "batch_start": 8, "warmup_steps": 1}
     return {"data": data, "recipe": recipe, "model": TINY, "sample_tokens": 0, "eval_every": 2, "eval_rows": 4,
-            "save_every": 4}  # fmt: skip
+            "save_every": 2, "micro_batch": 1}  # fmt: skip
+
+
+def train_on_four(folder: Path, settings: dict, schedule: str = "dualpipe", **changes) -> Path:
+    """``train --pipeline`` on 4 processes, in FOLDER/run."""
+    folder.mkdir(exist_ok=True)
+    (folder / "settings.json").write_text(json.dumps(settings | changes | {"pipeline": schedule}))
+    done = run_job("train_job.py", folder, 120)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def train_on_one(out: Path, settings: dict, **changes) -> Path:
+    parts = {"data": DataConfig(**settings["data"]), "recipe": RecipeConfig(**settings["recipe"])}
+    train(TrainConfig(out=out, **settings | parts | changes))
+    return out
+
+
+def stopped_after_two(run: Path, folder: Path) -> Path:
+    """A copy of a run of four steps as a kill behind its second step's checkpoint would leave it."""
+    shutil.copytree(run, folder)
+    shutil.rmtree(folder / "step-4")
+    (folder / "latest").write_text("step-2\n")
+    return folder
+
+
+def steps_of(run: Path) -> list[dict]:
+    timings = ("tokens_per_second", "mfu")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in timings} for line in lines]
+
+
+def test_a_resumed_pipeline_is_the_uninterrupted_one(tmp_path, settings):
+    """Bit for bit on the same schedule: weights, bias, moments, metrics. On another schedule, and on one process, the same
+    run but for the order of sums."""
+    whole = train_on_four(tmp_path / "whole", settings)
+    again = stopped_after_two(whole, tmp_path / "again" / "run").parent
+    train_on_four(again, settings, resume=True)
+    files = [path.name for path in (whole / "step-4").glob("*.safetensors")]
+    assert len(files) >= 2
+    for name in files:
+        assert (again / "run" / "step-4" / name).read_bytes() == (whole / "step-4" / name).read_bytes()
+    assert steps_of(again / "run") == steps_of(whole) and len(steps_of(whole)) == 4
+
+    other = stopped_after_two(whole, tmp_path / "other" / "run").parent
+    train_on_four(other, settings, "zb1p", resume=True)
+    one = train_on_one(stopped_after_two(whole, tmp_path / "one"), settings, resume=True)
+    for run in (other / "run", one):
+        assert steps_of(run)[:2] == steps_of(whole)[:2]
+        for ours, wanted in zip(steps_of(run)[2:], steps_of(whole)[2:], strict=False):
+            for field in ("loss", "grad_norm", "balance_loss"):
+                assert ours[field] == pytest.approx(wanted[field], rel=1e-3), (run, ours["step"], field)
+
+
+def test_a_run_of_one_process_goes_on_as_a_pipeline(tmp_path, settings):
+    whole = train_on_one(tmp_path / "whole", settings, keep=3)
+    part = stopped_after_two(whole, tmp_path / "part" / "run").parent
+    shutil.rmtree(part / "run" / "step-5")
+    train_on_four(part, settings, "1f1b", resume=True)
+    assert steps_of(part / "run")[:2] == steps_of(whole)[:2] and len(steps_of(part / "run")) == 4
+    for ours, wanted in zip(steps_of(part / "run")[2:], steps_of(whole)[2:4], strict=True):
+        assert ours["loss"] == pytest.approx(wanted["loss"], rel=1e-3)
+        assert ours["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-3)
+    found, wanted = (load_file(run / "step-4" / "trainer.safetensors") for run in (part / "run", whole))
+    assert found.keys() == wanted.keys()
+    assert all(found[name].shape == value.shape and found[name].dtype == value.dtype for name, value in wanted.items())
 
 
 def test_train_pipeline_is_train(tmp_path, settings):
     """Four steps: losses, validation and the published checkpoint are those of one process, which takes a fifth step with
     the rest of three rows that no pipeline of four ranks can cut."""
-    (tmp_path / "settings.json").write_text(json.dumps(settings | {"pipeline": "dualpipe"}))
-    done = run_job("train_job.py", tmp_path, 120)
-    assert done.returncode == 0, done.stderr
-    data, recipe = DataConfig(**settings.pop("data")), RecipeConfig(**settings.pop("recipe"))
-    train(TrainConfig(data=data, recipe=recipe, out=tmp_path / "one", micro_batch=1, **settings))
+    train_on_four(tmp_path, settings)
+    train_on_one(tmp_path / "one", settings)
     lines = [[json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
              for run in ("run", "one")]  # fmt: skip
     assert [len(found) for found in lines] == [4, 5]

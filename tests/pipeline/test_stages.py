@@ -114,7 +114,6 @@ REFUSED = [
     ({"pipeline": "1f1b"}, {}, 1, "WORLD_SIZE=1"),
     ({"pipeline": "1f1b", "balance": ("noisy",)}, {}, 4, "noisy has weights of its own"),
     ({"pipeline": "dualpipe", "pipeline_chunks": 2}, {}, 4, "chunks is for interleaved_1f1b alone"),
-    ({"pipeline": "dualpipe", "resume": True}, {}, 4, "resume with pipeline"),
     ({"pipeline": "dualpipe", "recipe": RecipeConfig(batch=4, batch_start=4)}, {}, 4,
      "global batch of 4 sequences.*multiple of 8"),
     ({"pipeline": "dualpipe", "recipe": RecipeConfig(batch=16)}, {}, 4, "global batch of 3 sequences"),
@@ -128,6 +127,11 @@ def test_what_cannot_work_is_refused_before_anything_starts(tmp_path, changes, m
     with pytest.raises(ValueError, match=message):
         check(config, ranks)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_resume_without_a_run_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        check(TrainConfig(pipeline="dualpipe", out=tmp_path, recipe=RecipeConfig(batch_start=8), resume=True), 4)
 
 
 def test_what_can_work_is_not_refused(tmp_path):
