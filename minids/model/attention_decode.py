@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 EXTRA = 1 << 16  # numbers: what a core reads in about the time of the ten calls that a fold saves
 WIDE = 8  # tokens from which the product wants the weight's transpose contiguous
-FEW = 64  # tokens, in all rows, up to which calls and not arithmetic are most of the time
+FEW = 64  # tokens, in all rows, up to which calls and not arithmetic are most of the time, however large the fold
 
 
 class Folded:
@@ -69,13 +69,16 @@ class Folded:
 
 
 def applies(mla: MLA, x_BTD: Tensor) -> bool:
-    """Whether `attend_few` is the way: few tokens in float32 inference on the CPU, and matrices small enough."""
-    if x_BTD.shape[0] * x_BTD.shape[1] > FEW or torch.is_grad_enabled() or not x_BTD.is_cpu or x_BTD.dtype != torch.float32:
+    """Whether `attend_few` is the way: few tokens, or one in each of many rows, in float32 inference on the CPU, and
+    matrices small enough."""
+    b, t, _ = x_BTD.shape
+    if (b * t > FEW and t > 1) or torch.is_grad_enabled() or not x_BTD.is_cpu or x_BTD.dtype != torch.float32:
         return False
     weight = mla.kv_b_proj.weight
     if weight.dtype != torch.float32 or weight.is_inference() or torch.is_autocast_enabled("cpu"):
         return False  # weights made in inference mode do not tell when they change
-    return more_numbers(mla) <= EXTRA and mla.cfg.kv_lora_rank % 2 == 0  # even: see rotate_
+    more = more_numbers(mla)
+    return more <= EXTRA and b * t * more <= FEW * EXTRA and mla.cfg.kv_lora_rank % 2 == 0  # even: see rotate_
 
 
 def more_numbers(mla: MLA) -> int:
@@ -104,12 +107,24 @@ def attend_few(mla: MLA, x_BTD: Tensor, rope: Tensor, mask: Tensor | None, cache
                positions: Tensor | None) -> Tensor:  # fmt: skip
     """What ``MLA.forward`` returns for a few tokens a row over a cache: (B, T, D)."""
     b, t, d = x_BTD.shape
-    fold, rank, heads = folded(mla, cache, layer, b * t), mla.cfg.kv_lora_rank, mla.cfg.num_attention_heads
-    q, c, k_rope = few_linear(x_BTD.reshape(b * t, d), fold.down).split(fold.sizes, dim=-1)
-    if fold.query is not None:
-        q = few_linear(normalise(q, mla.q_a_layernorm.eps_tensor), fold.query)
+    fold = folded(mla, cache, layer, b * t)
+    low = few_linear(x_BTD.reshape(b * t, d), fold.down).view(b, t, -1)
+    return few_linear(over_cache(mla, fold, low, rope, mask, cache, layer, positions), fold.out).view(b, t, d)
+
+
+def over_cache(mla: MLA, fold: Folded, low: Tensor, rope: Tensor, mask: Tensor | None, cache: Slots, layer: int,
+               positions: Tensor | None) -> Tensor:  # fmt: skip
+    """From the product with ``fold.down``, (B, T, Q + C + R), to what ``fold.out`` multiplies, (B * T, H * C)."""
+    (b, t, _), rank, heads = low.shape, mla.cfg.kv_lora_rank, mla.cfg.num_attention_heads
     # The heads' queries and the one key and value that they share, side by side: all are rotated at once.
-    joint = torch.cat([q, mla.kv_a_layernorm(c), k_rope], dim=-1).view(b, t, heads + 1, -1)
+    if fold.query is None:  # the product has them so
+        joint = low.view(b, t, heads + 1, -1)
+        c = joint[:, :, heads, :rank]
+        c.copy_(mla.kv_a_layernorm(c))
+    else:
+        q, c, k_rope = low.split(fold.sizes, dim=-1)
+        q = few_linear(normalise(q, mla.q_a_layernorm.eps_tensor), fold.query)
+        joint = torch.cat([q, mla.kv_a_layernorm(c), k_rope], dim=-1).view(b, t, heads + 1, -1)
     rotate_(joint, rank, rope)
     latent = cache.write(layer, positions, joint[:, :, heads])
     scores = torch.bmm(joint[:, :, :heads].reshape(b, t * heads, -1), latent.transpose(1, 2))
@@ -117,5 +132,4 @@ def attend_few(mla: MLA, x_BTD: Tensor, rope: Tensor, mask: Tensor | None, cache
         scores.view(b, t, heads, -1).masked_fill_(~mask.transpose(1, 2), -torch.inf)  # (B, 1, T, S) -> (B, T, 1, S)
     for i in range(t - 1 if mask is None else 0):  # causal: the i-th does not see the t - 1 - i behind it
         scores.view(b, t, heads, -1)[:, i, :, i + 1 - t :] = -torch.inf
-    out = torch.bmm(scores.softmax(-1), latent[..., :rank])
-    return few_linear(out.view(b * t, -1), fold.out).view(b, t, d)
+    return torch.bmm(scores.softmax(-1), latent[..., :rank]).view(b * t, -1)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from minids.config import ModelConfig
+from minids.model import block_decode
 from minids.model.attention import MLA, LatentCache
 from minids.model.layers import MLP, RMSNorm
 from minids.model.moe import MoE
@@ -46,6 +47,8 @@ class Block(nn.Module):
         self.mlp = MoE(cfg) if self.is_moe else MLP(cfg.hidden_size, cfg.intermediate_size)
 
     def forward(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Routing | None]:
+        if block_decode.applies(self, x_BTD, context):
+            return block_decode.layer(self, x_BTD, context)
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), context.rope, context.mask, context.cache,
                                        self.index, context.positions, context.absorb)  # fmt: skip
         normed = self.post_attention_layernorm(x_BTD)

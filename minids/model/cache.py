@@ -24,7 +24,10 @@ import torch
 from torch import Tensor
 
 from minids.config import ModelConfig
+from minids.kernels import uses_kernels
 from minids.model.rope import rope_table
+
+PAGE = 64  # slots
 
 
 class Slots:
@@ -41,6 +44,8 @@ class Slots:
     filled = 0
     ragged = False
     end = 0
+    placed = 0  # tokens a row placed last, each seeing all slots up to its own; 0 for MTP, whose first slots are empty
+    listed: tuple[Tensor, Tensor] | None = None
 
     def place(self, length: int) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """Where the next ``length`` tokens of each row go, how they are rotated and what they see: positions (B, T)
@@ -50,7 +55,7 @@ class Slots:
         if end > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} tokens a row, {self.filled} are filled:"
                              f" {length} more do not fit")  # fmt: skip
-        self.end = end
+        self.end, self.placed, self.listed = end, length, None
         if not self.ragged:
             return None, self.rope[:, self.filled : end], None
         positions = self.lengths.unsqueeze(1) + torch.arange(length, device=self.lengths.device)
@@ -60,11 +65,25 @@ class Slots:
     def place_mtp(self, depth: int, start_B: Tensor, length: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
         """The same for MTP depth ``depth`` and the tokens in slots ``start[b]`` ... ``start[b] + length - 1``, all of them
         below ``end``. A slot below ``depth`` has no entry: it sees itself alone, so that no row of scores is empty."""
-        self.end, key_S = end, torch.arange(max(end, length), device=start_B.device)
+        self.placed, self.end, key_S = 0, end, torch.arange(max(end, length), device=start_B.device)
         slots_BT = start_B.unsqueeze(1) + key_S[:length]
         key_S, query_BT1 = key_S[:end], slots_BT.unsqueeze(-1)
         seen = ((key_S >= depth) & (key_S <= query_BT1)) | (key_S == query_BT1)
         return slots_BT, self.rope[0, (slots_BT - depth).clamp(0, self.capacity - 1)], seen.unsqueeze(1)
+
+    def pages_of(self, count: int) -> Tensor:
+        """(B, count) integers: the rows' first pages of PAGE slots."""
+        raise NotImplementedError
+
+    def page_list(self) -> tuple[Tensor, Tensor]:
+        """For each of the B T tokens placed last, as a kernel wants them: its row's pages (B T, pages) int32, and how many
+        slots it sees (B T,) int32. Made once for all layers."""
+        if self.listed is None:
+            table = self.pages_of(-(-self.end // PAGE)).int().repeat_interleave(self.placed, 0)
+            behind = torch.arange(1, self.placed + 1, device=table.device)
+            seen = (self.lengths.unsqueeze(1) + behind).clamp_max(self.end).int().flatten()
+            self.listed = table.contiguous(), seen
+        return self.listed
 
     def advance(self, length: int, n_valid: Tensor | None) -> None:
         """Counts the tokens just written: all of them, or the first ``n_valid[b]`` of each row."""
@@ -92,24 +111,38 @@ class LatentCache(Slots):
         self.depths = cfg.num_nextn_predict_layers if mtp else 0
         layers = cfg.num_hidden_layers + self.depths
         self.rows, self.capacity = batch, max_length + draft_slots(self.depths)
-        self.data = torch.zeros(layers, batch, self.capacity, cfg.latent_dim, device=device, dtype=dtype)
+        # Kernels read whole pages: attention_pages.py.
+        slots = -(-self.capacity // PAGE) * PAGE if uses_kernels(torch.empty(0, device=device)) else self.capacity
+        self.data = torch.zeros(layers, batch, slots, cfg.latent_dim, device=device, dtype=dtype)
         self.rope = rope_table(cfg, torch.arange(self.capacity, device=device).unsqueeze(0))
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.carry = [torch.zeros(batch, cfg.hidden_size, device=device, dtype=dtype) for _ in range(self.depths)]
-        # Each layer's weights as decoding wants them; attention_decode.py and moe_decode.py say how.
-        self.folded: dict[tuple[int, bool], Any] = {}
+        # Each layer's weights as decoding wants them; attention_decode.py, moe_decode.py and block_decode.py say how.
+        self.folded: dict[tuple[int, bool | str], Any] = {}
         self.turned: dict[int, Any] = {}
 
     def write(self, layer: int, positions: Tensor | None, latent_BTc: Tensor) -> Tensor:
         """Stores ``latent`` (B, T, C + R) in the slots ``positions``, None being the next ones of every row; returns the
         slots shown to them, (B, S, C + R)."""
+        self.store(layer, positions, latent_BTc)
+        return self.data[layer][:, : self.end]
+
+    def store(self, layer: int, positions: Tensor | None, latent_BTc: Tensor) -> None:
+        """`write` without reading."""
         rows = self.data[layer]
-        if positions is not None:
+        if positions is None:
+            rows[:, self.filled : self.filled + latent_BTc.shape[1]] = latent_BTc
+        else:
             rows.scatter_(1, positions.unsqueeze(-1).expand_as(latent_BTc), latent_BTc.to(rows.dtype))
-            return rows[:, : self.end]
-        end = self.filled + latent_BTc.shape[1]
-        rows[:, self.filled : end] = latent_BTc
-        return rows[:, :end]
+
+    def pages(self, layer: int) -> Tensor | None:
+        """The layer's slots as pages (B S / PAGE, PAGE, C + R); None where rows do not end with a page."""
+        rows = self.data[layer]
+        return None if rows.shape[1] % PAGE else rows.view(-1, PAGE, rows.shape[-1])
+
+    def pages_of(self, count: int) -> Tensor:
+        each = self.data.shape[2] // PAGE
+        return torch.arange(self.rows * each, device=self.data.device).view(self.rows, each)[:, :count]
 
     def select(self, rows: Tensor) -> None:
         """Keeps only ``rows`` (n,) int64, in this order: the others have finished."""

@@ -130,10 +130,10 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(x_ND.device.type):
             dtype = torch.get_autocast_dtype(x_ND.device.type)
             x_ND, gate_up_EFD, down_EDF = x_ND.to(dtype), gate_up_EFD.to(dtype), down_EDF.to(dtype)
+        turned = moe_decode.turned(gate_up_EFD, down_EDF, cache, layer, *routing.indices.shape)
+        if turned is not None:
+            return moe_decode.bags(x_ND, routing, turned)
         if moe_decode.applies(x_ND, routing, len(gate_up_EFD)):
-            turned = moe_decode.turned(gate_up_EFD, down_EDF, cache, layer, len(x_ND))
-            if turned is not None:
-                return moe_decode.bags(x_ND, routing, turned)
             return moe_decode.few_tokens(x_ND, routing, gate_up_EFD, down_EDF)
         plan = plan_dispatch(routing, gemm_multiple(x_ND))
         if len(plan.token_M) > len(weights):

@@ -11,7 +11,8 @@ no sorting: each takes the band products of linear.py by itself.
 
 For a longer text or batch, the experts of a small model are also *turned*: their transposes are stored, once a cache, and
 the product becomes a sum of rows with weights, y = sum_d x_d W^T[d], which is what an embedding bag computes. One call
-then multiplies all the chosen experts of all tokens, and W_down's sums over F and over K are one sum.
+then multiplies all the chosen experts of all tokens, and W_down's sums over F and over K are one sum. It needs no sorting
+either, and so it also serves the many rows of a rollout while the experts are tiny.
 
 Shapes: N tokens, K chosen, M slots (N * K, and the doubles), E experts, D hidden, F expert width.
 """
@@ -35,6 +36,7 @@ SINGLY = 3  # tokens up to which each goes alone
 FEW = 4  # tokens an expert, on average; with more of them the grouped GEMM is as good
 PAYS = 512  # tokens to come, in all rows, from which turning the experts saves more time than it takes
 PAYS_FEW = 128  # the same when several tokens run at once: then each call that is spared counts more
+SMALL = 1 << 17  # multiplications of an expert's tokens by one of its matrices up to which calls are most of the time
 LARGE = 1 << 22  # numbers of a layer's gate and up projections from which the memory for a second copy is not spent
 
 
@@ -69,12 +71,13 @@ class Turned:
         self.inputs_D, self.inputs_F = torch.arange(gate_up_EFD.shape[2]), torch.arange(down_EDF.shape[2])
 
 
-def turned(gate_up_EFD: Tensor, down_EDF: Tensor, cache: LatentCache | None, layer: int, tokens: int = 1) -> Turned | None:
-    """The layer's turned experts where they serve: float32 inference on the CPU, a small layer, and a cache that has them
-    or has room for PAYS tokens more. ``tokens``: how many this pass has."""
+def turned(gate_up_EFD: Tensor, down_EDF: Tensor, cache: LatentCache | None, layer: int, tokens: int = 1,
+           chosen: int = 1) -> Turned | None:  # fmt: skip
+    """The layer's turned experts where they serve: float32 inference on the CPU, a small layer, few tokens an expert, and a
+    cache that has them or has room for PAYS tokens more. ``tokens``: how many this pass has, ``chosen`` experts each."""
     if cache is None or torch.is_grad_enabled() or not gate_up_EFD.is_cpu or gate_up_EFD.dtype != torch.float32:
         return None
-    if gate_up_EFD.numel() > LARGE or gate_up_EFD.is_inference() or torch.is_autocast_enabled("cpu"):
+    if not small(tokens * chosen, down_EDF) or gate_up_EFD.is_inference() or torch.is_autocast_enabled("cpu"):
         return None
     found = cache.turned.get(layer)
     if found is not None and found.watch.unchanged([gate_up_EFD, down_EDF]):
@@ -84,6 +87,12 @@ def turned(gate_up_EFD: Tensor, down_EDF: Tensor, cache: LatentCache | None, lay
         return None
     cache.turned[layer] = Turned(gate_up_EFD, down_EDF)
     return cache.turned[layer]
+
+
+def small(choices: int, down_EDF: Tensor) -> bool:
+    """Whether turned experts serve so many choices of all tokens: a small layer, and few tokens an expert."""
+    numbers, experts = down_EDF.numel(), len(down_EDF)
+    return 2 * numbers <= LARGE and (choices <= FEW * experts or choices * numbers <= SMALL * experts**2)
 
 
 def bags(x_ND: Tensor, routing: Routing, experts: Turned) -> Tensor:

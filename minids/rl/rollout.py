@@ -2,7 +2,8 @@
 
 The problem is time: in RL most of it goes into sampling. So each question is read once and its cache copied for its G
 answers; all answers decode as one batch; finished ones are dropped and the batch closes up. Nothing of a step is done row
-by row in Python: with thousands of rows that would cost more than the forward pass.
+by row in Python, and what was drawn is put in its rows only when they change: with a tiny model such things cost more than
+its forward pass.
 
 The log-probabilities recorded here are those of the distribution that was sampled from, temperature included. Scored
 again by the trainer's forward pass (``score``) they agree to rounding: a test holds them to 1e-5, and a policy whose ratio
@@ -54,54 +55,74 @@ def rollout(model: Transformer, prompts: Sequence[Sequence[int]], group: int, ma
         logits_QV, cache = prefill(model, prompts, max_new_tokens)
         question_B = torch.arange(len(prompts), device=logits_QV.device).repeat_interleave(group)
         cache.select(question_B)
-        drawn = Drawn(len(question_B), max_new_tokens, logits_QV.device)
-        logits_BV, rows_B = logits_QV[question_B], torch.arange(len(question_B), device=logits_QV.device)
+        drawn, logits_BV = Drawn(len(question_B), max_new_tokens, eos_id, logits_QV.device), logits_QV[question_B]
         for step in range(max_new_tokens):
             check_finite(logits_BV, f"at new token {step}")
-            tokens_B = drawn.draw(logits_BV, rows_B, step, temperature, generator)
-            ended_B = drawn.end(tokens_B, rows_B, step, eos_id)
-            going = (~ended_B).nonzero().squeeze(1)
-            if len(going) == 0 or step == max_new_tokens - 1:
+            tokens_B = drawn.draw(logits_BV, temperature, generator)
+            going = drawn.going()
+            if going == 0 or step == max_new_tokens - 1:
                 break
-            if 2 * len(going) <= len(rows_B):  # each copy of the cache is at most half the one before
-                cache.select(going)
-                rows_B, tokens_B = rows_B[going], tokens_B[going]
+            if 2 * going <= len(tokens_B):  # each copy of the cache is at most half the one before
+                kept = drawn.close_up()
+                cache.select(kept)
+                tokens_B = tokens_B[kept]
             logits_BV = model(tokens_B.unsqueeze(1), cache=cache, last_only=True).logits[:, 0]
+        drawn.write()
     return drawn.padded([prompt for prompt in prompts for _ in range(group)])
 
 
 class Drawn:
-    """What was drawn so far, a row an answer: tokens, log-probabilities and entropies (B, N), and lengths (B,)."""
+    """What was drawn so far, a row an answer: tokens, log-probabilities and entropies, (B, N) each. Steps are kept as they
+    come, and written to their rows together when the batch closes up."""
 
-    def __init__(self, rows: int, steps: int, device):
+    def __init__(self, rows: int, steps: int, eos_id: int, device):
         self.tokens_BN = torch.zeros(rows, steps, dtype=torch.int64, device=device)
         self.logp_BN, self.entropy_BN = torch.zeros(2, rows, steps, device=device)
-        self.length_B = torch.full((rows,), steps, device=device)
+        self.rows_B = torch.arange(rows, device=device)  # those that are still drawn
+        self.ended_B = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.eos_id, self.written, self.steps = eos_id, 0, []
 
-    def draw(self, logits_BV: Tensor, rows_B: Tensor, step: int, temperature: float,
-             generator: torch.Generator | None) -> Tensor:  # fmt: skip
-        """The next token of each of ``rows``; those that have ended already draw too, and nobody reads it."""
+    def draw(self, logits_BV: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+        """The next token of each row; those that have ended already draw too, and nobody reads it."""
         log_probs_BV = (logits_BV.float() / temperature).log_softmax(-1)
         probs_BV = log_probs_BV.exp()
-        uniforms_B = torch.rand(len(rows_B), generator=generator, dtype=torch.float64)
+        uniforms_B = torch.rand(len(logits_BV), generator=generator, dtype=torch.float64)
         tokens_B = draw(probs_BV, uniforms_B)
-        self.tokens_BN[rows_B, step] = tokens_B
-        self.logp_BN[rows_B, step] = log_probs_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1)
-        self.entropy_BN[rows_B, step] = -(probs_BV * log_probs_BV.nan_to_num(neginf=0.0)).sum(-1)
+        entropy_B = -(probs_BV * log_probs_BV).nansum(-1)  # 0 log 0 is 0
+        self.steps.append((tokens_B, log_probs_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1), entropy_B))
+        self.ended_B |= tokens_B == self.eos_id
         return tokens_B
 
-    def end(self, tokens_B: Tensor, rows_B: Tensor, step: int, eos_id: int) -> Tensor:
-        """Marks the rows that end here; which of ``rows`` have ended by now, (B,) bool."""
-        before_B = self.length_B[rows_B]
-        after_B = torch.where(tokens_B == eos_id, before_B.clamp_max(step + 1), before_B)
-        self.length_B[rows_B] = after_B
-        return after_B <= step + 1
+    def going(self) -> int:
+        """How many rows have not ended."""
+        return len(self.ended_B) - int(self.ended_B.sum())
+
+    def close_up(self) -> Tensor:
+        """Drops the rows that have ended; the places of the others among those that were drawn."""
+        self.write()
+        kept = (~self.ended_B).nonzero().squeeze(1)
+        self.rows_B, self.ended_B = self.rows_B[kept], self.ended_B[kept]
+        return kept
+
+    def write(self) -> None:
+        """Puts the steps kept so far in their rows."""
+        columns = slice(self.written, self.written + len(self.steps))
+        for of_rows_BN, of_steps in zip((self.tokens_BN, self.logp_BN, self.entropy_BN), zip(*self.steps, strict=True),
+                                        strict=True):  # fmt: skip
+            of_rows_BN[self.rows_B, columns] = torch.stack(of_steps, dim=1)
+        self.written, self.steps = columns.stop, []
+
+    def lengths(self) -> Tensor:
+        """(B,): tokens up to the first eos, itself included, or all."""
+        ends_BN = self.tokens_BN == self.eos_id
+        return torch.where(ends_BN.any(1), ends_BN.int().argmax(1) + 1, ends_BN.shape[1])
 
     def padded(self, prompts: list[list[int]]) -> Rollout:
-        """All of it as a Rollout."""
-        lengths, tokens, device = self.length_B.tolist(), self.tokens_BN.tolist(), self.tokens_BN.device
+        """All of it as a Rollout, once it is written."""
+        length_B, device = self.lengths(), self.tokens_BN.device
+        lengths, tokens = length_B.tolist(), self.tokens_BN.tolist()
         answers = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
-        counted_BN = torch.arange(self.tokens_BN.shape[1], device=device) < self.length_B.unsqueeze(1)
+        counted_BN = torch.arange(self.tokens_BN.shape[1], device=device) < length_B.unsqueeze(1)
         width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
         tokens_BT = torch.tensor([[*p, *a, *[0] * (width - len(p) - len(a))]
                                   for p, a in zip(prompts, answers, strict=True)])  # fmt: skip
