@@ -1,7 +1,8 @@
 """One new token in each of many rows: a layer of a small model with as few calls as it takes.
 
 In a rollout hundreds of rows decode together. Their products are large enough to be products (no bands, no sorting of
-choices as for a few tokens), but in a small model a layer has sixty calls around them, and these are most of the time. So attention_decode.py's folded attention is joined with what stands before and behind it:
+choices as for a few tokens), but in a small model a layer has sixty calls around them, and these are most of the time.
+So attention_decode.py's folded attention is joined with what stands before and behind it:
 
     g_1, g_2         the norms' scales go into the matrices that read the norms' outputs: W diag(g)
     [s ; a ; u]      the router, and gate and up of the dense or shared net, read the same input: one product
