@@ -13,6 +13,8 @@ kernel joins the parts: out = sum_s w_s part_s, w_s proportional to exp(logsumex
 Floors: 2 H (2 C + R) operations a cached token; 2 (C + R) bytes of the cache a token, from memory once (programs for
 other heads of the row find them in the L2 cache).
 
+The published sizes, C 512 and R 64, have a second kernel on Hopper, `latent_attention_gluon`; this one takes any.
+
 Layout: pages (P, S, C + R) contiguous; token j of row b is place j % S of page table[b, j // S].
 Shapes: B rows, H heads, C latent, R rope, P pages, S slots a page.
 """
@@ -20,7 +22,19 @@ Shapes: B rows, H heads, C latent, R rope, P pages, S slots a page.
 import torch
 from torch import Tensor
 
-from minids.kernels.backend import TensorDescriptor, cdiv, check, check_rows, check_shape, choose, jit, multiprocessors, tl
+from minids.kernels.backend import (
+    TensorDescriptor,
+    capability,
+    cdiv,
+    check,
+    check_rows,
+    check_shape,
+    choose,
+    jit,
+    multiprocessors,
+    registered,
+    tl,
+)  # fmt: skip
 
 BF16 = torch.bfloat16
 HEADS = 64  # heads of a program: what one tensor core instruction multiplies
@@ -58,7 +72,7 @@ def mla_decode(
         raise ValueError(
             f"pages: got {pages.shape[1]} slots a page, C = {rank}, R = {rope}; expected 64 and powers of two from 16 on"
         )
-    return torch.ops.minids.mla_decode(q, pages, table, lengths, rank, scale)
+    return _mla_decode(q, pages, table, lengths, rank, scale)
 
 
 def reference(q: Tensor, pages: Tensor, table: Tensor, lengths: Tensor, rank: int, scale: float) -> Tensor:
@@ -113,9 +127,9 @@ def _attend(q_ptr, c_desc, r_desc, table_ptr, lengths_ptr, out_ptr, sums_ptr, H,
 def _join(parts_ptr, sums_ptr, out_ptr, H, SPLITS, C: tl.constexpr, POWER: tl.constexpr, BS: tl.constexpr):
     """One program: the parts of one head of one row, BS at a time. POWER: a power of two, at least SPLITS."""
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    split, column = tl.arange(0, POWER), tl.arange(0, C)
+    every, column = tl.arange(0, POWER), tl.arange(0, C)
     first = row * SPLITS * H + head
-    sums = tl.load(sums_ptr + first + split * H, mask=split < SPLITS, other=float("-inf"))
+    sums = tl.load(sums_ptr + first + every * H, mask=every < SPLITS, other=float("-inf"))
     top = tl.maximum(tl.max(sums, 0), -1e30)  # finite where no token counts
     whole = tl.maximum(tl.sum(tl.exp2(sums - top), 0), 1e-30)
     out = tl.zeros((C,), tl.float32)
@@ -139,19 +153,32 @@ def splits_for(rows: int, heads: int, pages: int, processors: int) -> int:
     return min(range(1, max(1, min(pages, MOST_SPLITS)) + 1), key=waves_end)
 
 
-@torch.library.custom_op("minids::mla_decode", mutates_args=())
+@registered("mla_decode")
 def _mla_decode(q: Tensor, pages: Tensor, table: Tensor, lengths: Tensor, rank: int, scale: float) -> Tensor:
     (b, h, _), out = q.shape, q.new_empty((*q.shape[:2], rank))
     if out.numel() == 0:
         return out
-    check_rows("pages", pages)
+    check_rows("pages", pages)  # TMA reads them
     splits = splits_for(b, h, table.shape[1], multiprocessors(q.device))
     parts = out if splits == 1 else q.new_empty((b, splits, h, rank), dtype=torch.float32)
     sums = q.new_empty((b, splits, h), dtype=torch.float32)
-    _attend_triton(q, pages, table, lengths, parts, sums, scale, splits)
+    attend = _attend_gluon if gluon_applies(q, rank) else _attend_triton
+    attend(q, pages, table, lengths, parts, sums, scale, splits)
     if splits > 1:
         _join[(h, b)](parts, sums, out, h, splits, rank, 1 << (splits - 1).bit_length(), 8, num_warps=4)
     return out
+
+
+def gluon_applies(q: Tensor, rank: int) -> bool:
+    """Whether the Gluon kernel takes these sizes on this device."""
+    published = rank == 512 and q.shape[-1] == 576
+    return published and capability(q.device)[0] == 9 and q.data_ptr() % 16 == 0
+
+
+def _attend_gluon(*arguments) -> None:
+    from minids.kernels.latent_attention_gluon import attend  # needs Triton, which is optional
+
+    attend(*arguments)
 
 
 def _attend_triton(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from numbers_ import error, tame
 
-from minids.kernels import mla_decode
+from minids.kernels import latent_attention, mla_decode
 
 BF16 = torch.bfloat16
 
@@ -47,6 +47,35 @@ def test_published_sizes(kernel):
     assert error(out[0].cpu(), weights @ latent[0].double()[:, :512]) < 6e-3
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("lengths", "heads"),
+    [([64], 128), ([640, 63, 65, 1], 128), ([300, 0, 1000], 16), ([4099], 16), ([130, 2000], 70)], ids=str,
+)
+def test_gluon(lengths, heads):
+    """The kernel of the published sizes, which Triton's interpreter cannot run: whole rows, and rows in 1 to 65 parts."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    (q, pages, table, counts), latent = inputs(lengths, heads, 512, 64, "cuda")
+    assert latent_attention.gluon_applies(q, 512)
+    out = mla_decode(q, pages, table, counts, rank=512, scale=0.07)
+    for row, keys in enumerate(latent):
+        if not len(keys):
+            assert not out[row].any()
+            continue
+        weights = (0.07 * q[row].cpu().double() @ keys.double().t()).softmax(-1)
+        assert error(out[row].cpu(), weights @ keys.double()[:, :512]) < 6e-3
+
+
+@pytest.mark.parametrize(
+    ("rows", "heads", "pages", "splits"),
+    [(128, 128, 64, 1), (16, 128, 128, 4), (1, 128, 2048, 64), (128, 16, 64, 1), (1, 16, 1, 1), (1, 16, 3, 1)],
+)
+def test_splits(rows, heads, pages, splits):
+    """The published cases on 132 multiprocessors: one wave that is nearly full, and no parts where rows fill the device."""
+    assert latent_attention.splits_for(rows, heads, pages, 132) == splits
+
+
 def test_bad_input():
     (q, pages, table, counts), _ = inputs([70, 3], 4, 32, 16, "cpu")
     for args, rank, exception, message in [
@@ -58,6 +87,8 @@ def test_bad_input():
     ]:
         with pytest.raises(exception, match=message):
             mla_decode(*args, rank=rank, scale=1.0)
+    with pytest.raises(ValueError, match="scale: got 0.0, expected a positive number"):
+        mla_decode(q, pages, table, counts, rank=32, scale=0.0)
 
 
 def test_sizes_that_the_kernel_cannot_take(kernel):
