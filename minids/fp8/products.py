@@ -17,6 +17,8 @@ Shapes: M rows (tokens, or slots of experts), N outputs, K inputs, E experts.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,7 @@ from minids.model.moe import Dispatch, sum_slots
 SLOTS = 128  # an expert's block of rows is a multiple of this
 
 
+@cache
 def engine_for(recipe: Fp8Recipe, device: torch.device, width: int = 0) -> Simulated:
     """The engine that computes ``recipe`` on ``device``, for joined weights of ``width`` rows each. RuntimeError: the
     recipe asks for the real one, which cannot."""
