@@ -13,7 +13,8 @@ average over steps with coefficient 0.9,
 
 of which the table gives the largest |d_t| and the mean of d_t, over the steps after the first tenth. (There the loss falls
 so steeply that a shift of a fraction of a step is a percent.) `valid` is held-out text, in nats a token; with --evals
-it is measured on the way too, on the same rows each time: a difference without the batch's own noise.
+it is measured on the way too, on the same rows each time: a difference without the batch's own noise. `valid_bf16` is
+what the FP8 variant's weights give when BF16 products read them.
 
 |d_t| of bf16_split is the noise floor: two runs that compute the same differ by that much. A variant that stays inside
 cannot be told from BF16 by this run; a floor above 0.25% would mean that the run says nothing about V3's claim.
@@ -45,7 +46,7 @@ from minids.fp8.recipe import RECIPES
 from minids.train.optim import OptimConfig
 from minids.train.settings import RecipeConfig, TrainConfig
 from minids.train.step import validation_loss
-from minids.train.trainer import Trainer
+from minids.train.trainer import Trainer, new_model
 
 BASE = "bf16"
 VARIANTS = (BASE, "bf16_split", "fp32", *RECIPES)
@@ -135,12 +136,23 @@ def one_variant(config: Fp8Config, variant: str, folder: Path, path: Path, origi
     trainer.log.close()
     curve.append([len(losses), held_out(trainer)])
     return write(finished=True, tokens=trainer.progress.tokens, seconds=seconds, steps_per_second=len(losses) / seconds,
-                 skipped=trainer.progress.skipped, valid=curve[-1][1], peak_gib=peak_gib(config.device))
+                 skipped=trainer.progress.skipped, valid=curve[-1][1], peak_gib=peak_gib(config.device),
+                 **({"valid_bf16": held_out_in_bf16(trainer)} if variant in RECIPES else {}))  # fmt: skip
 
 
 def held_out(trainer: Trainer) -> float:
     """Loss of the first 256 held-out rows, in the variant's own precision."""
     return validation_loss(trainer.model, trainer.data.valid, trainer.config)
+
+
+@torch.no_grad()
+def held_out_in_bf16(trainer: Trainer) -> float:
+    """The same weights' loss of the same rows with BF16 products: what FP8 did to the weights, without what its rounding
+    does to a forward pass."""
+    config = dataclasses.replace(trainer.config, fp8="none")
+    twin = new_model(config, trainer.data)
+    twin.load_state_dict(trainer.model.state_dict())
+    return validation_loss(twin, trainer.data.valid, config)
 
 
 def peak_gib(device: str) -> float | None:

@@ -78,6 +78,8 @@ def test_held_out_losses_are_taken_on_the_way_and_change_nothing(config, tmp_pat
     assert [step for step, _ in curves["bf16"]] == [step for step, _ in curves["v3"]] == [4, 8, 12]
     assert found["variants"]["bf16"]["losses"] == plain["losses"] and curves["bf16"][-1] == plain["valid_curve"][0]
     assert curves["v3"][-1][1] == found["variants"]["v3"]["valid"] and curves["bf16"][0][1] > curves["bf16"][1][1]
+    assert "valid_bf16" not in found["variants"]["bf16"]
+    assert 0 < abs(found["variants"]["v3"]["valid_bf16"] / found["variants"]["v3"]["valid"] - 1) < 0.01
     difference = found["differences"]["v3"]["valid"]
     for (step, ours), (_, theirs), (at, d) in zip(curves["v3"], curves["bf16"], difference, strict=True):
         assert at == step and d == pytest.approx(ours / theirs - 1, abs=1e-6)
