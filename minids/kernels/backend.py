@@ -19,6 +19,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 try:
     import triton
@@ -31,6 +33,7 @@ except ImportError:  # Triton is optional: references work without it
 
     triton, tl, TensorDescriptor = None, _NoLanguage, None
 
+SELECTIVE = (_CachedTorchDispatchMode, _CachingTorchDispatchMode)
 BACKENDS = ("torch", "triton")
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)  # kernels run in Triton's CPU interpreter
 TILE = 128  # channels that share a scale, and the depth at which sums are promoted to FP32
@@ -70,10 +73,20 @@ def choose(backend: str | None, *tensors: Tensor) -> str:
     return name
 
 
+def traced() -> bool:
+    """Whether somebody must see operations by their registered names. A selective checkpoint need not: what it does not
+    know it runs again."""
+    if torch.compiler.is_compiling():
+        return True
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return not all(isinstance(mode, SELECTIVE) for mode in _get_current_dispatch_mode_stack())
+
+
 class Operation:
-    """A function of tensors, registered with torch.library as `minids::name`, for all that traces: torch.compile, fake
-    tensors, selective checkpoints. Where nothing does, it is called as it is: torch's way through the dispatcher and back
-    costs 10 to 40 microseconds a call, as much as a small kernel runs."""
+    """A function of tensors, registered with torch.library as `minids::name` for all that traces: torch.compile, fake
+    tensors. Where nothing does, it is called as it is: torch's way through the dispatcher and back costs 10 to 40
+    microseconds a call, as much as a small kernel runs."""
 
     def __init__(self, name: str, function: Callable, mutates: Sequence[str] = ()):
         self.function, self.name, self.node = function, name, None
@@ -96,7 +109,7 @@ class Operation:
         self.node = Node
 
     def __call__(self, *inputs):
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        if traced():
             return getattr(torch.ops.minids, self.name).default(*inputs)
         if self.node is not None and torch.is_grad_enabled():
             return self.node.apply(*inputs)
@@ -121,8 +134,9 @@ def _obstacle(device: torch.device) -> str | None:
     return f"got tensors on {device}, expected a CUDA device (or the CPU with TRITON_INTERPRET=1 set before the start)"
 
 
+@cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """The device's compute capability; (0, 0) for the CPU."""
+    """The device's compute capability; (0, 0) for the CPU. Remembered: asking takes longer than a launch."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 

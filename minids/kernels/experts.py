@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minids.kernels.activation import _swiglu_op, swiglu_backward
 from minids.kernels.backend import check, check_shape, registered
-from minids.kernels.grouped import grouped_gemm, grouped_wgrad
+from minids.kernels.grouped import TILE, find_tiles, grouped_gemm, grouped_wgrad
 from minids.kernels.slots import combine
 
 BF16 = torch.bfloat16
@@ -64,8 +64,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The sum, and what is kept of all slots: z and the gate values."""
     gates = weights.flatten().index_select(0, choice)
-    both = grouped_gemm(x.index_select(0, token), low_gate_up, ends)
-    return combine(grouped_gemm(_swiglu_op(both, gates, None), low_down, ends), slot), both, gates
+    tiles = find_tiles(ends, len(token), TILE)
+    both = grouped_gemm(x.index_select(0, token), low_gate_up, ends, tiles=tiles)
+    return combine(grouped_gemm(_swiglu_op(both, gates, None), low_down, ends, tiles=tiles), slot), both, gates
 
 
 @registered("routed_experts_backward")
@@ -76,7 +77,8 @@ def _backward(
     """Gradients of x, weights, gate_up and down, those that are ``wanted``; the others are empty."""
     dx, d_weights, d_gate_up, d_down = (x.new_empty(0) for _ in range(4))
     dy = d_out.index_select(0, token)
-    dh = grouped_gemm(dy, down.transpose(1, 2), ends)
+    tiles = find_tiles(ends, len(token), TILE)
+    dh = grouped_gemm(dy, down.transpose(1, 2), ends, tiles=tiles)
     d_both, d_gates, _, h = swiglu_backward(dh, both, gates, again=wanted[3])
     if wanted[1]:
         d_weights = d_gates.index_select(0, slot.flatten()).view(slot.shape)
@@ -86,7 +88,7 @@ def _backward(
     if wanted[2]:
         d_gate_up = grouped_wgrad(d_both, x.index_select(0, token), ends, out_dtype=out_dtype)
     if wanted[0]:
-        dx = combine(grouped_gemm(d_both, gate_up.transpose(1, 2), ends), slot)
+        dx = combine(grouped_gemm(d_both, gate_up.transpose(1, 2), ends, tiles=tiles), slot)
     return dx, d_weights, d_gate_up, d_down
 
 

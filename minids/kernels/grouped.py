@@ -37,12 +37,15 @@ from minids.kernels.gemm_fp8 import store_tile, tile_of
 BF16 = torch.bfloat16
 
 
-def grouped_gemm(x: Tensor, w: Tensor, ends: Tensor, *, backend: str | None = None) -> Tensor:
+def grouped_gemm(
+    x: Tensor, w: Tensor, ends: Tensor, *, tiles: Tensor | None = None, backend: str | None = None
+) -> Tensor:
     """Rows ends[e - 1] to ends[e] of x times w[e] transposed. Differentiable in x and w.
 
     Args:
         x: (M, K) bfloat16. w: (E, N, K) bfloat16, either of its last two strides 1.
         ends: (E,) int32, non-decreasing, the last one M. Not checked on the device.
+        tiles: `find_tiles(ends, M, TILE)`, for callers with several products over the same rows.
         backend: see `minids.kernels.backend`.
 
     Returns:
@@ -58,7 +61,7 @@ def grouped_gemm(x: Tensor, w: Tensor, ends: Tensor, *, backend: str | None = No
         raise ValueError(f"x, w: got shapes {tuple(x.shape)} and {tuple(w.shape)}, expected (M, K) and (E, N, K), K > 0")
     if choose(backend, x, w, ends) == "torch":
         return reference(x, w, ends)
-    return _grouped_gemm(x, w, ends)
+    return _grouped_gemm(x, w, ends, tiles)
 
 
 def grouped_wgrad(
@@ -181,13 +184,14 @@ def find_tiles(ends: Tensor, rows: int, bm: int) -> Tensor:
 
 
 # From a sweep on an H200: the forward's W with unit stride along K, along N (the input gradient's), the weight gradient.
-FORWARD = {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
-DGRAD = {"BM": 128, "BN": 256, "BK": 64, "GROUP": 8, "num_warps": 8, "num_stages": 4}
+TILE = 128  # rows of both
+FORWARD = {"BM": TILE, "BN": 128, "BK": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+DGRAD = {"BM": TILE, "BN": 256, "BK": 64, "GROUP": 8, "num_warps": 8, "num_stages": 4}
 WGRAD = {"BN": 128, "BK": 256, "ROWS": 64, "GROUP": 8, "num_warps": 8, "num_stages": 4}
 
 
-def launch(x: Tensor, w: Tensor, ends: Tensor, config: dict[str, int]) -> Tensor:
-    """The forward kernel with a given cut."""
+def launch(x: Tensor, w: Tensor, ends: Tensor, config: dict[str, int], tiles: Tensor | None = None) -> Tensor:
+    """The forward kernel with a given cut, and its row tiles if they are known."""
     (m, k), (e, n, _), c = x.shape, w.shape, config
     out = x.new_empty((m, n))
     if m == 0:
@@ -195,7 +199,7 @@ def launch(x: Tensor, w: Tensor, ends: Tensor, config: dict[str, int]) -> Tensor
     k_major = w.stride(2) == 1
     stored = (w if k_major else w.transpose(1, 2)).flatten(0, 1)  # a view: experts one below the other
     box = [c["BN"], c["BK"]] if k_major else [c["BK"], c["BN"]]
-    tiles = find_tiles(ends, m, c["BM"])
+    tiles = find_tiles(ends, m, c["BM"]) if tiles is None else tiles
     _grouped[(len(tiles) * cdiv(n, c["BN"]),)](
         TensorDescriptor.from_tensor(x, [c["BM"], c["BK"]]), TensorDescriptor.from_tensor(stored, box), out, tiles, n, k, e,
         len(tiles), K_MAJOR=k_major, **c,
@@ -217,13 +221,13 @@ def launch_wgrad(dy: Tensor, x: Tensor, ends: Tensor, out_dtype: torch.dtype, co
 
 
 @registered("grouped_gemm")
-def _grouped_gemm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
+def _grouped_gemm(x: Tensor, w: Tensor, ends: Tensor, tiles: Tensor | None = None) -> Tensor:
     check_rows("x", x)
     stored = w if w.stride(2) == 1 else w.transpose(1, 2)
     check_rows("w", stored)
     if stored.stride(0) != stored.shape[1] * stored.stride(1):
         raise ValueError(f"w: got strides {w.stride()} for shape {tuple(w.shape)}, expected experts one behind the other")
-    return launch(x, w, ends, FORWARD if w.stride(2) == 1 else DGRAD)
+    return launch(x, w, ends, FORWARD if w.stride(2) == 1 else DGRAD, tiles)
 
 
 @registered("grouped_wgrad")
@@ -234,7 +238,7 @@ def _grouped_wgrad(dy: Tensor, x: Tensor, ends: Tensor, out_dtype: torch.dtype) 
 
 
 @_grouped_gemm.register_fake
-def _(x, w, ends):
+def _(x, w, ends, tiles=None):
     return x.new_empty((x.shape[0], w.shape[1]))
 
 
@@ -248,11 +252,11 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dy: Tensor):
-    x, w, ends = ctx.saved_tensors
+    x, w, ends, tiles = ctx.saved_tensors
     dy = dy.contiguous()
-    dx = _grouped_gemm(dy, w.transpose(1, 2), ends) if ctx.needs_input_grad[0] else None
+    dx = _grouped_gemm(dy, w.transpose(1, 2), ends, tiles) if ctx.needs_input_grad[0] else None
     dw = _grouped_wgrad(dy, x, ends, w.dtype) if ctx.needs_input_grad[1] else None
-    return dx, dw, None
+    return dx, dw, None, None
 
 
 _grouped_gemm.register_autograd(_backward, setup_context=_save)

@@ -108,7 +108,7 @@ def _router(logits_ptr, bias_ptr, weights_ptr, indices_ptr, scores_ptr, load_ptr
     slot = tl.arange(0, K_POWER)[None, :]
     chosen = tl.zeros((ROWS, K_POWER), dtype=tl.float32)
     indices = tl.zeros((ROWS, K_POWER), dtype=tl.int64)
-    load = tl.zeros((ROWS, E), dtype=tl.int64)
+    load = tl.zeros((ROWS, E), dtype=tl.int32)
     for i in tl.static_range(K):
         index = tl.argmax(choice, axis=1)
         struck = expert[None, :] == index[:, None]
@@ -116,8 +116,8 @@ def _router(logits_ptr, bias_ptr, weights_ptr, indices_ptr, scores_ptr, load_ptr
         chosen = tl.where(slot == i, value[:, None], chosen)
         indices = tl.where(slot == i, index[:, None].to(tl.int64), indices)
         choice = tl.where(struck, float("-inf"), choice)
-        load += (struck & mask).to(tl.int64)
-    tl.atomic_add(load_ptr + expert, tl.sum(load, axis=0))  # of integers: the order of additions changes nothing
+        load += (struck & mask).to(tl.int32)
+    tl.atomic_add(load_ptr + expert, tl.sum(load, axis=0).to(tl.int64))  # integers: their order changes nothing
     weights = scale * chosen / (tl.sum(chosen, axis=1)[:, None] + 1e-20)
     out, mask = row[:, None] * K + slot, mask & (slot < K)
     tl.store(weights_ptr + out, weights, mask=mask)

@@ -68,6 +68,8 @@ def plan_dispatch(routing: Routing, multiple: int = 1, bound: bool = False) -> D
 
 def sum_slots(y_MD: Tensor, slot_NK: Tensor) -> Tensor:
     """out[n] = sum over k of y[slot[n, k]], (N, D): an embedding bag is just that, in one pass over memory."""
+    if uses_kernels(y_MD) and y_MD.dtype == torch.bfloat16 and not (torch.is_grad_enabled() and y_MD.requires_grad):
+        return kernels.combine(y_MD, slot_NK)
     return F.embedding_bag(slot_NK, y_MD, mode="sum")
 
 

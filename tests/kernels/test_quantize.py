@@ -51,6 +51,15 @@ def test_kernel_on_random_shapes(kernel, seed):
     assert [same_bits(a, b) for a, b in zip(made, expected, strict=True)] == [True] * 4
 
 
+@pytest.mark.parametrize("shape", [(119, 144), (300, 512), (64, 128), (257, 96)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kernel_on_aligned_rows(kernel, shape, dtype):
+    """Rows a multiple of 16 numbers apart: the one kernel for both passes."""
+    x = hard(*shape, dtype, kernel)
+    made, expected = (quantize_tile_both(x, backend=name) for name in ("triton", "torch"))
+    assert [same_bits(a, b) for a, b in zip(made, expected, strict=True)] == [True] * 4
+
+
 @pytest.mark.parametrize("amax", [1.7, 3.1e-36, 1.3e-35, 7.7e-34, 2.9e30, 3.3e38])
 def test_numbers_on_the_edge_between_two_codes(where, amax):
     """The quotient must be that of a true division to its last bit: here that bit decides. Tiny tiles included."""
