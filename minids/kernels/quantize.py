@@ -69,8 +69,8 @@ def quantize_tile_t(
 def quantize_tile_both(
     x: Tensor, *, scale: str = "fp32", column_major: bool = False, backend: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`quantize_tile` and `quantize_tile_t` from one read of x, if its rows are a multiple of 16 numbers apart: q, scale_inv,
-    q_t, scale_inv_t."""
+    """`quantize_tile` and `quantize_tile_t` from one read of x, if its rows are a multiple of 16 numbers apart: q,
+    scale_inv, q_t, scale_inv_t."""
     _check(x, scale)
     if choose(backend, x) == "torch":
         q, scale_inv = reference(x, scale)
