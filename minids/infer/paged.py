@@ -11,7 +11,7 @@ last page have somewhere to go; no mask ever shows it to a token that counts.
 
 The model does not know of pages: `PagedRows` has the interface of `LatentCache` (minids/model/cache.py) for the rows of one
 pass. Simplifications: pages are taken for the whole request beforehand, so that no row is ever evicted; attention
-reads a copy of the row's pages, where a GPU kernel would follow the table.
+reads a copy of the row's pages, except in decoding on CUDA, where a kernel follows the table (attention_pages.py).
 
 Shapes: L layers, B rows of a pass, P slots a page, T new tokens, S slots shown, C latent, R rope dims, D hidden.
 """
@@ -107,7 +107,7 @@ class PagedRows(Slots):
     def place(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """As `Slots.place`. Padding may reach behind all slots; that no token does is checked when they are kept."""
         positions = self.lengths.unsqueeze(1) + torch.arange(length, device=self.lengths.device)
-        self.end = min(self.filled + length, self.capacity)
+        self.end, self.placed, self.listed = min(self.filled + length, self.capacity), length, None
         self.flat_BT = self._flat(positions)
         seen = torch.arange(self.end, device=positions.device) <= positions.unsqueeze(-1)
         return positions, self.rope[0, positions.clamp_max(self.capacity - 1)], seen.unsqueeze(1)
@@ -125,9 +125,19 @@ class PagedRows(Slots):
 
     def write(self, layer: int, positions: Tensor | None, latent_BTc: Tensor) -> Tensor:
         """As `LatentCache.write`, for the slots placed last; returns a copy of the row's pages, (B, S, C + R)."""
+        self.store(layer, positions, latent_BTc)
+        pages = self.pool.data[layer]
+        return pages[self.table[:, : self.pool.pages_for(self.end)]].flatten(1, 2)[:, : self.end]
+
+    def store(self, layer: int, positions: Tensor | None, latent_BTc: Tensor) -> None:
         pages = self.pool.data[layer]
         pages.view(-1, pages.shape[-1])[self.flat_BT] = latent_BTc.to(pages.dtype)
-        return pages[self.table[:, : self.pool.pages_for(self.end)]].flatten(1, 2)[:, : self.end]
+
+    def pages(self, layer: int) -> Tensor:
+        return self.pool.data[layer]
+
+    def pages_of(self, count: int) -> Tensor:
+        return self.table[:, :count]
 
     def keep(self) -> None:
         """Store lengths and carries in the pool. Raises ValueError for a row of more tokens than its pages hold."""

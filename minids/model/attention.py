@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from minids import kernels
 from minids.config import ModelConfig
 from minids.kernels import uses_kernels
-from minids.model import attention_decode
+from minids.model import attention_decode, attention_pages
 from minids.model.cache import LatentCache
 from minids.model.layers import RMSNorm
 from minids.model.linear import Linear
 from minids.model.rope import apply_rope, softmax_scale
-
 
 def causal_mask(t: int, s: int, device) -> Tensor:
     """(T, S) bool, True where the t-th of the last T tokens may see slot s: itself and what lies before."""
@@ -73,8 +72,11 @@ def attend(q_BHTn: Tensor, k_BHSn: Tensor, v_BHSv: Tensor, mask: Tensor | None, 
     """softmax(q k^T * scale, masked) v, (B, H, T, V). ``mask``: bool, True where t may see s; None is causal, the T
     queries being the last of the S tokens.
 
-    On CUDA the fused kernel of torch. On CPU short rows are written out by blocks; long rows, whose scores would fill the
-    memory, use the fused kernel, with v padded to the width of q and k, or it would not be fused.
+    On CUDA torch takes its best fused kernel: on Hopper in half precision cuDNN's, which alone reads keys and values of
+    different widths at full speed (flash would need v padded), otherwise the memory-efficient one. A mask, as for
+    documents, excludes flash and is read from memory; V3 trains without [section 4.1]. On CPU
+    short rows are written out by blocks; long rows, whose scores would fill the memory, use the fused kernel, with v
+    padded to the width of q and k, or it would not be fused.
     """
     (b, h, t, _), s, width = q_BHTn.shape, k_BHSn.shape[2], v_BHSv.shape[-1]
     causal = mask is None and t == s
@@ -140,7 +142,11 @@ class MLA(nn.Module):
         k_nope, v = kv.split([cfg.qk_nope_head_dim, cfg.v_head_dim], dim=-1)
         k_rope = k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)  # one key, seen by every head
         q, k = torch.cat([q_nope, q_rope], dim=-1), torch.cat([k_nope, k_rope], dim=-1)
-        out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, self.scale)
+        return self.attend(q, k, v, mask)
+
+    def attend(self, q_BTHn: Tensor, k_BSHn: Tensor, v_BSHv: Tensor, mask: Tensor | None) -> Tensor:
+        """`attend` of every head's query, key and value, (B, T, H * V)."""
+        out = attend(q_BTHn.transpose(1, 2), k_BSHn.transpose(1, 2), v_BSHv.transpose(1, 2), mask, self.scale)
         return out.transpose(1, 2).flatten(-2)
 
     def naive_fused(self, low_BTq: Tensor, joint_BTc: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
@@ -150,13 +156,17 @@ class MLA(nn.Module):
         c, k_rope = self.latent(joint_BTc)
         kv = self.kv_b_proj(c).unflatten(-1, (cfg.num_attention_heads, -1))
         q, k, v = kernels.rope_heads(q, kv, k_rope.to(q.dtype), rope)
-        return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, self.scale).transpose(1, 2).flatten(-2)
+        return self.attend(q, k, v, mask)
+
+    def up_weights(self) -> tuple[Tensor, Tensor]:
+        """W_UK (H, N, C) and W_UV (H, V, C)."""
+        cfg = self.cfg
+        return self.kv_b_proj.weight.unflatten(0, (cfg.num_attention_heads, -1)).split(
+            [cfg.qk_nope_head_dim, cfg.v_head_dim], dim=1)  # fmt: skip
 
     def absorbed(self, q_nope: Tensor, q_rope: Tensor, latent_BSc: Tensor, mask: Tensor | None) -> Tensor:
         """Attention over the latent itself: one key and value of C (+ R) numbers for all heads. (B, T, H * V)"""
-        cfg = self.cfg
-        w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (cfg.num_attention_heads, -1)).split(
-            [cfg.qk_nope_head_dim, cfg.v_head_dim], dim=1)  # (H, N, C), (H, V, C)
+        cfg, (w_uk, w_uv) = self.cfg, self.up_weights()
         b, t, heads, _ = q_nope.shape
         q_latent = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), w_uk).transpose(0, 1).view(b, t, heads, -1)
         q = torch.cat([q_latent, q_rope], dim=-1).flatten(1, 2) * self.scale
@@ -188,6 +198,9 @@ class MLA(nn.Module):
         rotated = apply_rope(torch.cat([q_rope, k_rope.unsqueeze(-2)], dim=-2), rope)
         q_rope, k_rope = rotated[..., :-1, :], rotated[..., -1, :]
         latent = torch.cat([c, k_rope], dim=-1)  # all that is cached
+        if absorb and cache is not None and attention_pages.applies(self, cache, latent):
+            cache.store(layer, positions, latent)
+            return attention_pages.attend(self, q_nope, q_rope, cache, layer)
         if cache is not None:
             latent = cache.write(layer, positions, latent)
         return (self.absorbed if absorb else self.naive)(q_nope, q_rope, latent, mask)
