@@ -28,6 +28,7 @@ from minids.model.layers import RMSNorm
 from minids.model.linear import Linear
 from minids.model.rope import apply_rope, softmax_scale
 
+
 def causal_mask(t: int, s: int, device) -> Tensor:
     """(T, S) bool, True where the t-th of the last T tokens may see slot s: itself and what lies before."""
     return torch.ones(t, s, dtype=torch.bool, device=device).tril(s - t)
