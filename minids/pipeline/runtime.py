@@ -35,6 +35,7 @@ from minids.model.auxiliary import NoisyTopK
 from minids.model.balancer import Balancer, parse_all
 from minids.model.load import LoadMeter
 from minids.model.loss import IGNORE
+from minids.model.moe import copied_once
 from minids.model.transformer import Transformer
 from minids.pipeline.action import Schedule
 from minids.pipeline.messages import transfer
@@ -199,7 +200,9 @@ class Pipeline:
         for (direction, _), stage in self.stages.items():
             feed = [cut[m] for m, (d, _) in sorted(numbers.items()) if d == direction]
             stage.begin(feed, mtp_lambda, self.optimizer.scale)
-        engine.run()
+        low = self.model.experts() if self.config.resolved_precision == "bf16-autocast" else []
+        with copied_once(low):
+            engine.run()
         self._sum_shared()
         return self._collect(mtp_lambda, count)
 
