@@ -3,8 +3,9 @@
 One teacher, a student's base of its own for each seed, and from each base:
 
     distilled   SFT on ``samples`` right answers of the teacher
-    rl          RL on the base, several times as long as ``python -m minids distill`` has it, watched on the way
-    after       RL on the distilled student
+    rl          RL on the base, longer than ``python -m minids distill`` has it, watched on the way
+    slow        the same at a lower rate, for fairness: the usual one was chosen for the larger model
+    after       RL on the distilled student, at the lower rate
 
 and, for some of the seeds, SFT on other data:
 
@@ -64,10 +65,12 @@ class DistillExperimentConfig:
     """Of the students' bases, the samples and their order."""
     teacher: Path = Path("figures/rl/teacher")
     """The reasoner's checkpoint folder."""
-    stages: DistillConfig = field(default_factory=lambda: DistillConfig(rl=ZeroConfig(steps=300)))
+    stages: DistillConfig = field(default_factory=lambda: DistillConfig(rl=ZeroConfig(steps=240)))
     """Settings of a student; ``rl.steps`` is how long RL may try."""
     data_seeds: tuple[int, ...] = (0, 1, 2)
     """Those that also learn from other data."""
+    slow: float = 2e-4
+    """The lower rate of RL."""
     after_steps: int = 60
     """RL steps on the distilled student."""
     fewer: tuple[int, ...] = (20, 80, 320, 1280)
@@ -212,7 +215,9 @@ def run_seed(config: DistillExperimentConfig, seed: int, folder: Path) -> dict:
         "teacher": exam(teacher, tokenizer), "base": exam(base, tokenizer)}  # fmt: skip
     student, found["distilled"] = taught(base, tokenizer, good, stages.sft, config.eval_every, work)
     found["rl"] = reinforced(base, tokenizer, stages.rl, config.eval_every)
-    found["after"] = reinforced(student, tokenizer, replace(stages.rl, steps=config.after_steps), config.eval_every,
+    slow = replace(stages.rl, lr=config.slow)
+    found["slow"] = reinforced(base, tokenizer, slow, config.eval_every)
+    found["after"] = reinforced(student, tokenizer, replace(slow, steps=config.after_steps), config.eval_every,
                                 found["distilled"]["flops"])  # fmt: skip
     if seed in config.data_seeds:
         hot, hot_given, _ = sampled(reasoner, stages.samples, seed, config.hot)
@@ -250,10 +255,10 @@ def run(config: DistillExperimentConfig) -> list[dict]:
 
 def table(results: list[dict]) -> str:
     """One line a seed: held-out accuracy of each arm."""
-    main, data = ("base", "distilled", "rl", "after"), [name for found in results[:1] for name in found.get("data", {})]
+    main, data = ("base", "distilled", "rl", "slow", "after"), [name for one in results[:1] for name in one.get("data", {})]
     lines = [f"{'seed':<6}" + "".join(f"{name:>10}" for name in (*main, *data))]
     for found in results:
         arms = [found[name] for name in main] + [found.get("data", {}).get(name) for name in data]
-        lines.append(f"{found['seed']:<6}" + "".join(f"{'-' if arm is None else format(arm['accuracy'], '.3f'):>10}"
-                                                      for arm in arms))  # fmt: skip
+        cells = ["-" if arm is None else f"{arm['accuracy']:.3f}" for arm in arms]
+        lines.append(f"{found['seed']:<6}" + "".join(f"{cell:>10}" for cell in cells))
     return "\n".join(lines)
