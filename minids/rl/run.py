@@ -8,7 +8,8 @@
 
 Without ``--base`` a tiny policy (policy.py) is pre-trained on the task's corpus first, in about a minute.
 
-Under torchrun all ranks share each step's questions (ranks.py); rank 0 writes.
+Under torchrun all ranks share each step's questions (ranks.py); rank 0 writes, and its one checkpoint holds every rank's
+generators, so that as many processes resume bit for bit.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -158,11 +160,11 @@ class Run:
             state.open_folder(out, settings, config.resume)
             if not config.resume:
                 clear(out)
-        elif config.resume:
-            found = state.latest_checkpoint(out)
-        else:
-            found = None
+        ranks.barrier()  # only now the folder is what all ranks may look at
+        if ranks.rank > 0:
+            found = state.latest_checkpoint(out) if config.resume else None
         model, tokenizer = base_model(config, task, ranks)
+        ranks.copy_first(list(model.state_dict().values()))
         values: dict = {}
         if found is not None:
             model = checkpoint.load(found, device=config.device)
@@ -198,14 +200,18 @@ class Run:
         record = self.zero.step()
         self.seconds += time.perf_counter() - started
         record["seconds"] = self.seconds
+        if torch.device(self.config.device).type == "cuda":
+            record["memory_bytes"] = torch.cuda.max_memory_allocated()
         every, last = self.config.eval_every, self.zero.steps == self.config.zero.steps
         if self.ranks.rank == 0 and (last or (every and self.zero.steps % every == 0)):
             record |= self.evaluate()
         return record
 
-    def save(self) -> Path:
-        """A checkpoint of the present step."""
+    def save(self) -> Path | None:
+        """A checkpoint of the present step, written by rank 0 for all; every rank must call it."""
         tensors, values = self.zero.state()
+        if self.ranks.rank > 0:
+            return None
 
         def write_model(folder: Path) -> None:
             checkpoint.save(self.zero.model, folder)
@@ -226,17 +232,17 @@ class Run:
                 bar.update()
                 bar.set_postfix_str(f"reward {record['reward']:.2f}, accuracy {record['accuracy']:.2f}, "
                                     f"length {record['length']:.0f}", refresh=False)  # fmt: skip
-                if self.ranks.rank > 0:
-                    continue
-                self.log.write(record)
-                stop = bool(interrupt.received) and self.ranks.world == 1
+                if self.ranks.rank == 0:
+                    self.log.write(record)
+                stop = self.ranks.any(bool(interrupt.received))
                 if stop or zero.steps == config.zero.steps or zero.steps % config.save_every == 0:
                     folder = self.save()
                 if stop:
                     bar.close()
-                    print(f"stopped after step {zero.steps} of {config.zero.steps}, saved as {folder}; continue with the "
-                          "same command and --resume")  # fmt: skip
-                    raise SystemExit(128 + interrupt.received)
+                    if self.ranks.rank == 0:
+                        print(f"stopped after step {zero.steps} of {config.zero.steps}, saved as {folder}; continue with "
+                              "the same command and --resume")  # fmt: skip
+                    raise SystemExit(128 + (interrupt.received or signal.SIGTERM))
         return record
 
 
@@ -244,8 +250,6 @@ def run_rl(config: RLConfig) -> dict:
     """The whole command; returns the last step's record. Raises ValueError, FileExistsError or FileNotFoundError before any
     work for settings that cannot work."""
     ranks = Ranks.start(config.device)
-    if ranks.world > 1 and config.resume:
-        raise ValueError("--resume under torchrun: each rank's generators are not saved; resume in one process")
     try:
         with ExitStack() as stack:
             task = make_task(config, stack)

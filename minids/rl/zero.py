@@ -20,7 +20,9 @@ Shapes: Q questions, G answers, B = Q G, T tokens.
 from __future__ import annotations
 
 import copy
+import json
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -121,16 +123,18 @@ class Zero:
         config = self.config
         if self.reference is not None and self.steps and self.steps % config.reference_every == 0:
             self.reference.load_state_dict(self.model.state_dict())
+        started = time.perf_counter()
         batch = self.sample()
-        record = batch.summary(config.max_new_tokens)
+        record = batch.summary(config.max_new_tokens) | {"rollout_seconds": time.perf_counter() - started}
         advantages_B = group_advantages(batch.rewards_QG, config.objective.std).flatten().float()
         record |= self.update(batch.rollout, advantages_B.to(batch.rollout.logp_BT.device))
-        record = self.ranks.mean(record)
+        record = self.ranks.mean({**record, "faults": sum(self.total.faults.values())})
+        record["faults"] = round(record["faults"] * self.ranks.world)
         if self.curriculum is not None:
             record["levels"] = list(self.curriculum.current())
             self.curriculum.update(record["accuracy"])
         self.steps += 1
-        return {"step": self.steps, **record, "faults": sum(self.total.faults.values())}
+        return {"step": self.steps, **record}
 
     def sample(self) -> Batch:
         """The step's rollout. With dynamic sampling, groups that teach nothing are replaced while there are tries left."""
@@ -211,31 +215,37 @@ class Zero:
         return [torch.cat([part[layer].indices.view(shape) for part in parts]) for layer in range(len(parts[0]))]
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
-        """(tensors, JSON values): with the model's weights, all that a run needs to go on as if it had never stopped."""
+        """(tensors, JSON values): with the model's weights, all that a run needs to go on as if it had never stopped. Every
+        rank must call it, since each has generators of its own; all get the same."""
         tensors, optimizer = self.optimizer.state()
         tensors = {f"optimizer/{name}": tensor for name, tensor in tensors.items()}
-        tensors["rng/torch"] = self.generator.get_state()
         if self.reference is not None:
             tensors |= {f"reference/{name}": tensor for name, tensor in self.reference.state_dict().items()}
         curriculum = None if self.curriculum is None else [self.curriculum.open, self.curriculum.average]
-        random = [[version, list(inner), gauss] for version, inner, gauss in (self.random.getstate(), self.own.getstate())]
-        faults = [[*key, count] for key, count in self.total.faults.items()]
-        return tensors, {"steps": self.steps, "optimizer": optimizer, "random": random, "curriculum": curriculum,
-                         "faults": faults}  # fmt: skip
+        own = {"random": self.own.getstate(), "torch": bytes(self.generator.get_state().tolist()).hex(),
+               "faults": [[*key, count] for key, count in self.total.faults.items()]}  # fmt: skip
+        ranks = [json.loads(part) for part in self.ranks.gather(json.dumps(own).encode())]
+        return tensors, {"steps": self.steps, "optimizer": optimizer, "random": self.random.getstate(),
+                         "curriculum": curriculum, "ranks": ranks}  # fmt: skip
 
     def load_state(self, tensors: dict[str, Tensor], values: dict) -> None:
-        """Takes over what ``state`` returned; the model's weights are loaded elsewhere."""
+        """Takes over what ``state`` returned; the model's weights are loaded elsewhere. Raises ValueError, before anything
+        is changed, for a state of more or fewer ranks."""
+        if len(values["ranks"]) != self.ranks.world:
+            raise ValueError(f"the checkpoint was made by {len(values['ranks'])} processes, now there are "
+                             f"{self.ranks.world}: must be as many, each goes on with its own generators")  # fmt: skip
         part = {kind: {name.removeprefix(f"{kind}/"): tensor for name, tensor in tensors.items()
                        if name.startswith(f"{kind}/")} for kind in ("optimizer", "reference")}  # fmt: skip
+        own = values["ranks"][self.ranks.rank]
         self.optimizer.load_state(part["optimizer"], values["optimizer"])
-        self.generator.set_state(tensors["rng/torch"])
+        self.generator.set_state(torch.tensor(list(bytes.fromhex(own["torch"])), dtype=torch.uint8))
         if self.reference is not None:
             self.reference.load_state_dict(part["reference"])
-        for random, (version, inner, gauss) in zip((self.random, self.own), values["random"], strict=True):
+        for random, (version, inner, gauss) in ((self.random, values["random"]), (self.own, own["random"])):
             random.setstate((version, tuple(inner), gauss))
         if self.curriculum is not None:
             self.curriculum.open, self.curriculum.average = values["curriculum"]
-        self.total.faults.update({(term, kind): count for term, kind, count in values["faults"]})
+        self.total.faults.update({(term, kind): count for term, kind, count in own["faults"]})
         self.steps = values["steps"]
 
     def run(self, on_step: Callable[[dict], None] | None = None) -> list[dict]:

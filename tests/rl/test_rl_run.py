@@ -1,6 +1,7 @@
 """`python -m minids rl`: the folder it leaves, a resume bit for bit, what it refuses, and two ranks as one."""
 
 import copy
+import dataclasses
 import json
 import os
 import socket
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from minids.checkpoint import load, save
 from minids.cli import main
 from minids.data.tokenizer import BytePairTokenizer
+from minids.rl.grpo import GRPOConfig
 from minids.rl.policy import new_policy, tiny_config
 from minids.rl.ranks import Ranks
 from minids.rl.run import RLConfig, run_rl
@@ -46,6 +48,10 @@ def rl(out, *more, steps=4):
 
 def records(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def no_time(record):
+    return {name: value for name, value in record.items() if "seconds" not in name}
 
 
 def test_a_run_leaves_a_readable_folder(tmp_path):
@@ -86,9 +92,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, base, more, monkeypatc
     started = load_file(base / "model-00001-of-000001.safetensors")
     assert any(not torch.equal(started[key], load(tmp_path / "cut" / "step-4").state_dict()[key]) for key in
                ("lm_head.weight", "model.embed_tokens.weight"))  # the run learned something
-    without_time = [[{k: v for k, v in record.items() if k != "seconds"} for record in records(tmp_path / run)]
-                    for run in ("whole", "cut")]  # fmt: skip
-    assert without_time[0] == without_time[1]
+    whole, cut = (records(tmp_path / run) for run in ("whole", "cut"))
+    assert [no_time(record) for record in whole] == [no_time(record) for record in cut]
 
 
 def test_a_given_base_is_used_and_overwriting_clears_the_old_one(tmp_path, base):
@@ -145,8 +150,6 @@ def half(rank, world, port, zero, found, advantages, results):
 
 @pytest.mark.parametrize("length", ["answer", "token"])
 def test_two_ranks_make_the_update_of_one(length):
-    from minids.rl.grpo import GRPOConfig
-
     tokenizer = character_tokenizer()
     config = ZeroConfig(steps=1, questions=2, group=4, max_new_tokens=8, gamma=0.01,
                         objective=GRPOConfig(beta=0.05, length=length))  # fmt: skip
@@ -166,6 +169,57 @@ def test_two_ranks_make_the_update_of_one(length):
             torch.testing.assert_close(weights[name], tensor, rtol=1e-6, atol=1e-9, msg=name)
         for name in ("policy", "kl", "clipped", "grad_norm"):
             assert figures[name] == pytest.approx(stats[name], rel=1e-6, abs=1e-9), name
+
+
+def one_of_two(rank, port, config, dies_at, fails):
+    """``run_rl`` as rank ``rank`` of two under torchrun; with ``dies_at`` both ranks die before that step's update."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2", CI="1")
+    torch.set_num_threads(1)
+    kept = Zero.update
+
+    def update(zero, *args):
+        if zero.steps == dies_at:
+            raise ConnectionError("a node is lost")
+        return kept(zero, *args)
+
+    Zero.update = update
+    try:
+        run_rl(config)
+    except (ConnectionError, ValueError) as error:
+        fails[rank] = str(error)
+
+
+def on_two_ranks(config, dies_at=None):
+    """What each rank died of, {} when both came to the end."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with mp.get_context("fork").Manager() as manager:
+        fails = manager.dict()
+        mp.start_processes(one_of_two, (port, config, dies_at, fails), nprocs=2, start_method="fork")
+        return dict(fails)
+
+
+def test_two_ranks_resume_bit_for_bit(tmp_path, base):
+    """Each rank goes on with its own generators: answers, and questions that dynamic sampling draws anew."""
+    zero = ZeroConfig(steps=4, questions=2, group=4, max_new_tokens=24, dynamic_sampling=True, curriculum=True,
+                      objective=GRPOConfig(beta=0.05))  # fmt: skip
+    config = RLConfig(base=base, zero=zero, eval_every=2, eval_problems=4, save_every=2, out=tmp_path / "whole")
+    assert on_two_ranks(config) == {}
+    config = dataclasses.replace(config, out=tmp_path / "cut")
+    assert on_two_ranks(config, dies_at=3) == {0: "a node is lost", 1: "a node is lost"}
+    resumed = dataclasses.replace(config, resume=True)
+    assert not (tmp_path / "cut" / "step-4").exists()
+    with pytest.raises(ValueError, match="made by 2 processes, now there are 1"):
+        run_rl(resumed)
+    assert on_two_ranks(resumed) == {}
+    for name in ("model-00001-of-000001.safetensors", "trainer.safetensors"):
+        whole, cut = (load_file(tmp_path / run / "step-4" / name) for run in ("whole", "cut"))
+        assert whole.keys() == cut.keys() and all(torch.equal(whole[key], cut[key]) for key in whole)
+    whole, cut = (records(tmp_path / run) for run in ("whole", "cut"))
+    assert [record["step"] for record in cut] == [0, 1, 2, 3, 4]
+    assert [no_time(record) for record in whole] == [no_time(record) for record in cut]
+    found = json.loads((tmp_path / "cut" / "step-4" / "trainer.json").read_text())["zero"]["ranks"]
+    assert len(found) == 2 and found[0]["torch"] != found[1]["torch"] and found[0]["random"] != found[1]["random"]
 
 
 def test_questions_must_divide_among_ranks():
