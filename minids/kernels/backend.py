@@ -116,6 +116,20 @@ class Operation:
         return self.function(*inputs)
 
 
+def asked(ctx, count: int) -> list[bool]:
+    """Which of the first ``count`` inputs' gradients the running backward is for. If `torch.autograd.grad` was given some
+    inputs only, as a pipeline does that wants dx before dW, that is less than ctx.needs_input_grad says."""
+
+    def runs(node) -> bool:
+        try:
+            return torch._C._will_engine_execute_node(node)
+        except RuntimeError:  # a leaf whose gradient is asked for by name
+            return True
+
+    edges = zip(ctx.needs_input_grad[:count], ctx.next_functions[:count], strict=True)
+    return [needed and node is not None and runs(node) for needed, (node, _) in edges]
+
+
 def registered(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable], Operation]:
     """Decorator: the launcher of a kernel as an `Operation`. Its annotations become the schema; ``mutates`` names the
     arguments that it writes to."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from minids.kernels.activation import _swiglu_op, swiglu_backward
-from minids.kernels.backend import check, check_shape, registered
+from minids.kernels.backend import asked, check, check_shape, registered
 from minids.kernels.grouped import TILE, find_tiles, grouped_gemm, grouped_wgrad
 from minids.kernels.slots import combine
 
@@ -114,7 +114,7 @@ def _save(ctx, inputs, output):
 
 
 def _gradients(ctx, d_out: Tensor, *_):
-    wanted = list(ctx.needs_input_grad[:4])
+    wanted = asked(ctx, 4)
     found = _backward(d_out.contiguous(), *ctx.saved_tensors, ctx.dtype, wanted)
     return *(gradient if want else None for gradient, want in zip(found, wanted, strict=True)), *(None,) * 6
 

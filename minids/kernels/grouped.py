@@ -23,6 +23,7 @@ from torch import Tensor
 from minids.kernels.backend import (
     OUT_DTYPES,
     TensorDescriptor,
+    asked,
     cdiv,
     check,
     check_ends,
@@ -254,8 +255,9 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dy: Tensor):
     x, w, ends, tiles = ctx.saved_tensors
     dy = dy.contiguous()
-    dx = _grouped_gemm(dy, w.transpose(1, 2), ends, tiles) if ctx.needs_input_grad[0] else None
-    dw = _grouped_wgrad(dy, x, ends, w.dtype) if ctx.needs_input_grad[1] else None
+    wants_x, wants_w = asked(ctx, 2)
+    dx = _grouped_gemm(dy, w.transpose(1, 2), ends, tiles) if wants_x else None
+    dw = _grouped_wgrad(dy, x, ends, w.dtype) if wants_w else None
     return dx, dw, None, None
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from numbers_ import error
 
 from minids import ModelConfig, Transformer
+from minids.kernels import experts as kernel_experts
 from minids.kernels import plan_slots, routed_experts
 from minids.model.layers import MLP
 from minids.model.moe import Experts, copied_once, plan_dispatch
@@ -76,6 +77,24 @@ def test_routed_experts(kernel, masters):
     for a, b in zip(made, exact, strict=True):
         assert a.grad.dtype == a.dtype and error(a.grad, b.grad) < 1e-2
     assert not made[2].grad[5].any() and not made[3].grad[5].any()  # the expert that nobody chose
+
+
+def test_a_part_of_the_gradients(kernel, monkeypatch):
+    """A pipeline asks for dx first and for dW later: each is computed once, and the same as all together."""
+    made, indices = experts_case(kernel)
+    choice, token, slot, ends = plan_slots(indices, 6, backend="triton")
+    upstream = [t * 1 for t in made]  # as in a model: x comes from another layer
+    out = routed_experts(upstream[0], upstream[1], *made[2:], token, slot, ends, choice)
+    d_out = torch.ones_like(out)
+    calls, wgrad = [], kernel_experts.grouped_wgrad
+    monkeypatch.setattr(kernel_experts, "grouped_wgrad", lambda *args, **rest: calls.append(1) or wgrad(*args, **rest))
+    dx, d_weights = torch.autograd.grad(out, made[:2], d_out, retain_graph=True)
+    assert not calls
+    d_up, d_down = torch.autograd.grad(out, made[2:], d_out, retain_graph=True)
+    assert len(calls) == 2
+    out.backward(d_out)
+    for part, tensor in zip((dx, d_weights, d_up, d_down), made, strict=True):
+        assert torch.equal(part, tensor.grad)
 
 
 def test_experts_of_the_model(kernel, monkeypatch):
