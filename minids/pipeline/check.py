@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minids.config import ModelConfig
+from minids.fp8 import to_fp8
 from minids.model.balancer import Balancer
 from minids.model.transformer import Transformer
 from minids.pipeline.launch import deadline, device_of, initialise, start_local
@@ -92,6 +93,8 @@ def reference(cfg: ModelConfig, config: TrainConfig, data: list, seed: int, dtyp
             model = Transformer(cfg)
     finally:
         torch.set_default_dtype(before)
+    if config.fp8 != "none":
+        to_fp8(model, config.fp8)
     balancer = Balancer.install(model, config.balance)
     optimizer = Optimizer(model, config.optim, cfg.num_hidden_layers)
     first = compute_gradients(model, optimizer, *data[0], LAMBDA, config, balancer)

@@ -31,6 +31,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minids.config import ModelConfig
+from minids.fp8 import to_fp8
+from minids.fp8.linear import quantised_once
 from minids.model.auxiliary import NoisyTopK
 from minids.model.balancer import Balancer, parse_all
 from minids.model.load import LoadMeter
@@ -132,6 +134,8 @@ class Pipeline:
         self.rank, self.cfg = dist.get_rank(group), placement.cfg
         self.dtype = dtype or DTYPES[config.resolved_precision]
         self.model = build_rank_model(self.cfg, placement.pieces_of(self.rank), device, self.dtype)
+        if config.fp8 != "none" and any(piece.layer_indices(self.cfg) for piece in placement.pieces_of(self.rank)):
+            to_fp8(self.model, config.fp8)
         self.model.train()
         self.balancer = Balancer.install(self.model, config.balance)
         own = placement.schedule.stages_of(self.rank)
@@ -201,7 +205,7 @@ class Pipeline:
             feed = [cut[m] for m, (d, _) in sorted(numbers.items()) if d == direction]
             stage.begin(feed, mtp_lambda, self.optimizer.scale)
         low = self.model.experts() if self.config.resolved_precision == "bf16-autocast" else []
-        with copied_once(low):
+        with copied_once(low), quantised_once(self.model):
             engine.run()
         self._sum_shared()
         return self._collect(mtp_lambda, count)

@@ -43,7 +43,7 @@ from minids.train import state
 from minids.train.metrics import MetricsLog, peak_flops, read_metrics
 from minids.train.settings import FREE_ON_RESUME, TrainConfig
 from minids.train.step import StepResult, validation_loss
-from minids.train.trainer import Progress, TrainingStopped, fingerprint, write_sample
+from minids.train.trainer import Progress, TrainingStopped, fingerprint, in_fp8, write_sample
 
 
 def check(config: TrainConfig, ranks: int) -> Path | None:
@@ -207,7 +207,8 @@ class PipelineRun:
         """Validation loss in nats a token, on rank 0; the others wait."""
         model = self.pipeline.gather_model()
         if model is not None:
-            self.progress.valid_loss = validation_loss(model.to(self.config.device), self.data.valid, self.config)
+            model = in_fp8(model.to(self.config.device), self.config)
+            self.progress.valid_loss = validation_loss(model, self.data.valid, self.config)
         dist.barrier()
         return {"valid_loss": self.progress.valid_loss} if model is not None else {}
 

@@ -125,9 +125,6 @@ class TrainConfig:
         if self.fp8 != "none" and self.precision in ("bf16", "fp16"):
             raise ValueError(f"precision = {self.precision!r} with fp8 = {self.fp8!r}: must be auto, fp32 or "
                              "bf16-autocast, since FP8 training updates FP32 weights")
-        if self.fp8 != "none" and self.pipeline is not None:
-            raise ValueError(f"pipeline = {self.pipeline!r} with fp8 = {self.fp8!r}: must be left out, stages are not "
-                             "converted")
         lows = {"micro_batch": 1, "eval_rows": 1, "save_every": 1, "keep": 1, "max_skips": 1, "eval_every": 0,
                 "sample_tokens": 0, "seed": 0}
         for name, low in lows.items():

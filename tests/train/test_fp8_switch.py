@@ -31,7 +31,6 @@ def test_a_run_in_fp8_trains_evaluates_and_writes_a_sample(tiny, tmp_path):
     ({"fp8": "v4"}, "fp8 = 'v4': must be none or one of v3, v3_ue8m0, tensor, no_promotion, mx"),
     ({"fp8": "v3", "precision": "bf16"}, "precision = 'bf16' with fp8 = 'v3': must be auto, fp32 or bf16-autocast"),
     ({"fp8": "mx", "precision": "fp16"}, "precision = 'fp16' with fp8 = 'mx'"),
-    ({"fp8": "v3", "pipeline": "1f1b"}, "pipeline = '1f1b' with fp8 = 'v3': must be left out"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_before_anything_is_written(tiny, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
