@@ -57,6 +57,22 @@ def rope_frequencies(cfg: ModelConfig) -> Tensor:
         return theta / cfg.rope_scaling["factor"] * ramp + theta * (1 - ramp)
 
 
+def frequencies_on(cfg: ModelConfig, device: torch.device) -> Tensor:
+    """`rope_frequencies` on ``device``. On CUDA they are remembered: a copy from the host at every pass would wait for the
+    device, and cannot be part of a CUDA graph."""
+    if device.type != "cuda" or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return rope_frequencies(cfg).to(device)
+    scaling = None if cfg.rope_scaling is None else tuple(sorted(cfg.rope_scaling.items()))
+    key = (cfg.qk_rope_head_dim, cfg.rope_theta, scaling, device)
+    if key not in _ON_DEVICE:
+        with torch.inference_mode(False):
+            _ON_DEVICE[key] = rope_frequencies(cfg).to(device)
+    return _ON_DEVICE[key]
+
+
+_ON_DEVICE: dict[tuple, Tensor] = {}  # constants, by what they are made from
+
+
 def rope_attention_factor(cfg: ModelConfig) -> float:
     """What the rotated parts are multiplied by; 1 for V2 and V3, whose mscale equals their mscale_all_dim."""
     s = cfg.rope_scaling
@@ -71,8 +87,7 @@ def rope_attention_factor(cfg: ModelConfig) -> float:
 
 def rope_table(cfg: ModelConfig, positions: Tensor) -> Tensor:
     """exp(i t theta_j) for ``positions`` (B, T), as complex64 (B, T, R/2). Angles are float32, as published."""
-    frequencies = rope_frequencies(cfg).to(positions.device, non_blocking=True)  # else the host waits for the device
-    angles = positions.unsqueeze(-1).float() * frequencies
+    angles = positions.unsqueeze(-1).float() * frequencies_on(cfg, positions.device)
     return torch.polar(torch.full_like(angles, rope_attention_factor(cfg)), angles)
 
 
