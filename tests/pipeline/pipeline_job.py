@@ -8,6 +8,7 @@ from dataclasses import asdict
 import torch
 
 from minids.bench.pipeline import all_stage_times
+from minids.bench.pipeline_record import gather_rows, record
 from minids.pipeline import messages, runtime
 from minids.pipeline.check import LENGTH, batches, compare, tiny_config, train_config
 from minids.pipeline.launch import start_local
@@ -46,6 +47,9 @@ def variants() -> list[tuple[str, str, dict, dict]]:
         ("empty ends", "1f1b", {"num_hidden_layers": 5}, {"pipeline_layers": (0, 3, 2, 0)}),
         ("recompute", "dualpipe", {}, {"recompute": True}),
         ("own pair", "dualpipe", {}, {"overlap": counted_pair}),
+        ("FP8 dualpipe", "dualpipe", {}, {"fp8": "v3"}),
+        ("FP8 zb1p, an end without layers", "zb1p", {"num_hidden_layers": 6},
+         {"fp8": "v3", "pipeline_layers": (0, 3, 2, 1)}),
         ("V2 router", "dualpipe", {"topk_method": "greedy", "scoring_func": "softmax"}, {}),
     ]
     return found
@@ -64,7 +68,11 @@ def broken() -> list[tuple[str, str, object, str, object]]:
                 stage.meter.sums["load"] *= 0
         return collect(self, mtp_lambda, micro_batches)
 
+    def not_converted(model, recipe):
+        return model
+
     return [
+        ("stages not in FP8", "dualpipe", runtime, "to_fp8", not_converted),
         ("micro-batches weighed alike", "gpipe", MicroBatch, "__init__", unweighted),
         ("mirror ranks not summed", "dualpipe", Pipeline, "_sum_shared", lambda self: None),
         ("MTP embedding not summed", "1f1b", Pipeline, "_sum_shared", lambda self: None),
@@ -86,6 +94,18 @@ def stages_alone(name: str) -> dict:
             "kept": kept + sum(len(stage.kept_graphs) for stage in engine._stages)}  # fmt: skip
 
 
+def recorded(name: str) -> dict:
+    """One step, action by action, as the benchmark records it."""
+    config = train_config(name, CPU)
+    torch.manual_seed(0)
+    pipeline = Pipeline(Placement.plan(config, tiny_config(LAYERS.get(name, 4)), 4), config, CPU)
+    engine, rows = pipeline.engine(8, 1, LENGTH), []
+    run = engine.run
+    engine.run = lambda: rows.extend(record(engine, run, CPU))
+    pipeline.compute_gradients(*batches(0, 97)[0], 0.3, 8)
+    return {"case": f"{name} recorded", "rows": gather_rows(rows, CPU)}
+
+
 def work(rank: int, out: str) -> None:
     results = []
 
@@ -101,13 +121,14 @@ def work(rank: int, out: str) -> None:
     for case, schedule, target, name, value in broken():
         kept = getattr(target, name)
         setattr(target, name, value)
-        run(case, schedule, {}, {})
+        run(case, schedule, {}, {"fp8": "v3"} if name == "to_fp8" else {})
         setattr(target, name, kept)
     kept, messages.through_host = messages.through_host, counted_host
     for name in ("dualpipe", "zbv"):
         run(f"{name} through the host", name, {}, {})
     messages.through_host = kept
     results.extend(stages_alone(name) for name in ("zb1p", "dualpipe_v"))
+    results.extend(recorded(name) for name in ("zb1p", "dualpipe"))
     if rank == 0:
         with open(out, "w") as file:
             json.dump(results, file)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from minids import checkpoint
+from minids.bench.pipeline_record import recorded_timeline
 from minids.data import DataConfig
-from minids.pipeline.schedules import NAMES
+from minids.pipeline.schedules import NAMES, build_schedule
+from minids.pipeline.simulate import needs
 from minids.train.settings import RecipeConfig, TrainConfig
 from minids.train.trainer import train
 
@@ -23,7 +26,7 @@ HERE = Path(__file__).parent
 # The model is random and small, so its numbers are of order one; a wrong factor shows as 1e-3 at least (see BROKEN).
 LIMIT = 1e-5
 VARIANTS = ("two MTP modules", "no MTP", "tied head", "MTP before the norm", "uneven layers", "empty ends", "recompute",
-            "own pair", "V2 router")  # fmt: skip
+            "own pair", "V2 router", "FP8 dualpipe", "FP8 zb1p, an end without layers")  # fmt: skip
 
 
 def run_job(name: str, argument: Path, timeout: float) -> subprocess.CompletedProcess:
@@ -76,8 +79,27 @@ def test_stages_run_alone_and_keep_no_graph_behind_their_weight_backward(results
     assert all(seconds > 0 for kind in "FBW" for seconds in found["times"][kind])
 
 
+@pytest.mark.parametrize("name", ["zb1p", "dualpipe"])
+def test_a_recorded_step_is_the_schedule(results, name):
+    """Every action of every rank, in the order of its list (a pair as F, then B), none before what it needs."""
+    schedule = build_schedule(name, ranks=4, micro_batches=8)
+    timeline = recorded_timeline(schedule, results[f"{name} recorded"]["rows"])
+    for cells, actions in zip(timeline.cells, schedule.actions, strict=True):
+        assert [cell.action for cell in cells] == [part for action in actions for part in action.parts()]
+        assert all(a.end <= b.start for a, b in pairwise(cells)) and cells[0].start >= 0
+    assert timeline.makespan > max(timeline.busy) > 0
+    ends = {(a.kind == "F", a.direction, a.stage, a.micro_batch): cell.end
+            for row in timeline.cells for cell in row if (a := cell.action).kind != "W"}  # fmt: skip
+    skew = 0.002  # seconds: ranks leave the barrier one after the other
+    for row in timeline.cells:
+        for cell in row:
+            if cell.action.kind != "W" and (key := needs(cell.action, schedule.stages)) is not None:
+                assert cell.start > ends[not key[0], *key[1:]] - skew
+
+
 # (case, what must differ, by how much at least): the comparison would see these mistakes.
 BROKEN = [
+    ("stages not in FP8", "gradient", 1e-3),
     ("micro-batches weighed alike", "gradient", 0.01),
     ("micro-batches weighed alike", "losses", 0.01),
     ("mirror ranks not summed", "gradient", 0.1),
