@@ -23,7 +23,7 @@ def row_of(operation: str, shape: str, unit: str, work: float, floor: float, err
            times: dict[str, list[float]]) -> Row:  # fmt: skip
     """The figures of a row from the seconds of each round."""
     seconds = {name: median(values) for name, values in times.items()}
-    peers = {name: value for name, value in seconds.items() if name != "minids"}
+    peers = {name: value for name, value in seconds.items() if not name.startswith("minids")}
     best = min(peers, key=peers.get) if peers else None
     scale = 1.0 if unit == "tokens/s" else 1e12
     return {
@@ -66,7 +66,7 @@ def remarks(limits: dict[str, float], rows: list[Row]) -> list[str]:
             notes.append(f"MLA decoding, {row['shape']}: {row['rate']['minids'] / known:.2f} of {FLASHINFER} on an H200 in "
                          f"another run ({known} {row['unit']})")  # fmt: skip
     refused = {f"{name}: {why}" for row in rows for name, why in row.get("refused", {}).items()}
-    return notes + [f"peer that did not run, {line}" for line in sorted(refused)]
+    return notes + [f"did not run, {line}" for line in sorted(refused)]
 
 
 def missed(rows: list[Row]) -> list[str]:

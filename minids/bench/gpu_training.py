@@ -5,7 +5,8 @@ products (`experts_implementation="grouped_mm"`). Before anything is timed, both
 those of a float32 run of our model: BF16 rounds, and so flips some of the chosen experts, but ours may not be further away
 than the peer's by more than a tenth. The mean loss alone would not tell two random models apart. A step is gradients
 cleared, forward with the next-token loss, backward; no optimizer, which would be the same on both sides. Ours also counts
-the load of every expert.
+the load of every expert, and is timed both kernel by kernel and as the CUDA graph that our trainer can record
+(minids/train/graph.py), the row's figure; transformers' trainer has no such thing.
 
 The FP8 row is the same step with V3's recipe [section 3.3] on our side, the weights kept in float32 and the rest under BF16
 autocast, as our trainer runs it; its logits may be FP8_LIMIT away.
@@ -27,9 +28,11 @@ from minids.bench.gpu_report import row_of
 from minids.config import ModelConfig
 from minids.fp8 import to_fp8
 from minids.model.transformer import Transformer
+from minids.train.graph import Graphed
 
 ROWS, LENGTH = 8, 2048
 PEER = "transformers grouped_mm"
+EAGER = "minids, kernel by kernel"
 SHAPE = dict(
     vocab_size=32768, hidden_size=2048, num_hidden_layers=12, first_k_dense_replace=1, intermediate_size=8192,
     moe_intermediate_size=1024, n_routed_experts=64, num_experts_per_tok=8, n_group=8, topk_group=4, n_shared_experts=1,
@@ -53,31 +56,38 @@ def jobs(rounds: int, limits: dict[str, float]) -> Iterator[tuple[str, Callable[
 def compare(cfg: ModelConfig, fp8: bool, rounds: int, limits: dict[str, float], size: tuple[int, int] = (ROWS, LENGTH),
             device: str = "cuda") -> dict[str, Any]:  # fmt: skip
     """One row of the report. Raises RuntimeError if both sides do not compute the same."""
-    difference, peaks, times = timed_pair(cfg, fp8, rounds, size, device)
+    facts, times = timed_pair(cfg, fp8, rounds, size, device)
     gc.collect()
     count, tokens, width = cfg.count(), size[0] * size[1], cfg.qk_head_dim + cfg.v_head_dim
     linear = 6 * count["activated_without_embedding"] * tokens
     attention = 3 * cfg.num_hidden_layers * cfg.num_attention_heads * width * tokens * size[1]  # half of the pairs
     floor = linear / limits["fp8" if fp8 else "bf16"] + attention / limits["bf16"]
-    shape = f"{count['main'] / 1e9:.2f}B, {size[0]} x {size[1]}"
-    row = row_of(f"training step {'FP8' if fp8 else 'BF16'}", shape, "tokens/s", tokens, floor, difference["minids"], times)
-    return row | {"refused": {}, "difference": difference, "peak_gib": peaks, "flops": linear + attention}
+    shape = f"{count['main'] / 1e9:.2f}B, {size[0]} x {size[1]}" + ("" if facts["refused"] else ", one CUDA graph")
+    error = facts["difference"]["minids"]
+    row = row_of(f"training step {'FP8' if fp8 else 'BF16'}", shape, "tokens/s", tokens, floor, error, times)
+    return row | facts | {"flops": linear + attention}
 
 
 def timed_pair(cfg: ModelConfig, fp8: bool, rounds: int, size: tuple[int, int], device: str):
-    """How far apart both sides are, the peaks of their memory in GiB, and the seconds of each round."""
+    """How far apart both sides are, peaks of memory in GiB, why there is no graph, if so; and the seconds of each round."""
     model, twin = pair(cfg, device)
     if fp8:
         model = to_fp8(model.float(), "v3")
     batches = [torch.randint(0, cfg.vocab_size, (size[0], size[1] + 1), device=device) for _ in range(rounds + 1)]
     difference = check_equal(model, twin, batches[0], fp8)
-    steps = {"minids": partial(ours, model), PEER: partial(theirs, twin)}
-    peaks = {}
+    steps = {EAGER: partial(ours, model), PEER: partial(theirs, twin)}
+    peaks, refused = {}, {}
     for name, step in steps.items():
         peaks[name] = peak(lambda step=step: step(batches[0]))
         for module in (model, twin):
             module.zero_grad(set_to_none=True)
-    return difference, peaks, interleaved({name: over(batches, step) for name, step in steps.items()}, rounds, settle=1)
+    try:
+        steps["minids"] = graphed(model, batches[0])
+    except (RuntimeError, ValueError) as error:
+        refused["minids, one CUDA graph"] = str(error).splitlines()[0]
+        steps["minids"] = steps.pop(EAGER)
+    times = interleaved({name: over(batches, step) for name, step in steps.items()}, rounds, settle=1)
+    return {"difference": difference, "peak_gib": peaks, "refused": refused}, times
 
 
 def pair(cfg: ModelConfig, device: str) -> tuple[Transformer, nn.Module]:
@@ -114,6 +124,25 @@ def ours(model: nn.Module, rows: Tensor) -> Tensor:
     out.loss.backward()
     out.loads()
     return out.loss.detach()
+
+
+def graphed(model: nn.Module, rows: Tensor) -> Callable[[Tensor], Tensor]:
+    """`ours`, recorded on these rows and replayed for all others. Raises RuntimeError if the loss is not that of `ours`."""
+
+    def body(rows: Tensor) -> Tensor:
+        with autocast(model):
+            out = model(rows[:, :-1], labels=rows[:, 1:])
+        out.loss.backward()
+        out.loads()
+        return out.loss.detach()
+
+    expected = ours(model, rows).item()
+    model.zero_grad(set_to_none=True)
+    step = Graphed(body, list(model.parameters()), accumulate=False)
+    found = step(rows).item()
+    if not abs(found - expected) < 1e-3 * expected:
+        raise RuntimeError(f"the recorded step has loss {found}, the step itself {expected}")
+    return step
 
 
 def theirs(twin: nn.Module, rows: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ def test_training_step_beside_transformers(fp8):
     assert row["operation"] == f"training step {'FP8' if fp8 else 'BF16'}" and row["best_peer"] == gpu_training.PEER
     assert row["rate"]["minids"] == pytest.approx(128 / row["seconds"]["minids"])
     assert 0 < row["error"] < (0.5 if fp8 else 0.1)
+    assert list(row["refused"]) == ["minids, one CUDA graph"]  # on the CPU
     json.dumps(row)
 
 
@@ -74,7 +75,7 @@ def test_peers_that_did_not_run_are_named():
     alone["refused"] = {"FlashInfer FA3": "ImportError: no flashinfer"}
     assert gpu_report.remarks({"copy": 4e12}, [alone])[1:] == [
         "MLA decoding, 128 heads, 128 x 4096: 0.50 of FlashInfer FA3 on an H200 in another run (533 TFLOP/s)",
-        "peer that did not run, FlashInfer FA3: ImportError: no flashinfer",
+        "did not run, FlashInfer FA3: ImportError: no flashinfer",
     ]
 
 
