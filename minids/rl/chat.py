@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-from minids.rl.rewards import parse
+from minids.rl.rewards import TAGS, parse
 from minids.rl.tasks import Problem, draw_side, solution
 
 WORDS = ("plum", "fig", "lime", "pear", "kiwi", "date", "nut", "bean", "corn", "rice", "egg", "tea", "salt", "oil", "fish",
@@ -64,9 +64,13 @@ def harmless(problem: Problem, text: str) -> float:
 
 
 def summary_of(text: str) -> str:
-    """What the helpfulness judge is shown: the final answer, or all of a text that has none."""
+    """What the helpfulness judge is shown: the final answer. A text without any tag is an answer as it stands. One that
+    begins the form and does not bring it to an end (an answer never closed, or two of them, or a chain cut off) has no
+    summary, and what is judged is nothing: else a chain of thought would be read as an answer."""
     answer = parse(text).answer
-    return text if answer is None else answer
+    if answer is not None:
+        return answer
+    return "" if any(tag in text for tag in TAGS) else text
 
 
 def pairs(random: Random, n: int, judge: str) -> list[tuple[str, str, str]]:

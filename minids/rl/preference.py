@@ -51,9 +51,11 @@ class RewardModel(nn.Module):
 
     @torch.no_grad()
     def __call__(self, problem: Problem, text: str) -> float:
-        """The reward of a response, in (0, 1)."""
+        """The reward of a response, in (0, 1); 0 for one of which there is nothing to show, which no pair was like."""
         self.eval()
         shown = self.view(text[:MAX_CHARACTERS])
+        if not shown:
+            return 0.0
         return float(self.scores([(problem.prompt, shown)]).sigmoid())
 
     def fit(self, pairs: list[tuple[str, str, str]], steps: int = 120, batch: int = 32, lr: float = 1e-3,

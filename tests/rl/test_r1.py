@@ -18,7 +18,7 @@ from minids.rl.preference import RewardModel
 from minids.rl.rewards import Total, parse
 from minids.rl.stages_run import DistillRunConfig, R1RunConfig, run_r1
 from minids.rl.supervised import SupervisedConfig, fit
-from minids.rl.tasks import Sums, character_tokenizer, is_held_out, solution
+from minids.rl.tasks import Problem, Sums, character_tokenizer, is_held_out, solution
 from minids.rl.zero import ZeroConfig
 
 TOKENIZER = character_tokenizer()
@@ -51,6 +51,22 @@ def test_judges_by_hand():
     assert [helpful(problem, s) for s in (said + KIND, said, said + RUDE, "fig", "")] == [1.0, 0.5, 0.5, 0.0, 0.0]
     assert [harmless(problem, t) for t in (said + RUDE, solution("you fool", said), solution("", said))] == [0, 0, 1]
     assert summary_of(solution("you fool", "plum")) == "plum" and summary_of("plum") == "plum"
+
+
+@pytest.mark.parametrize("text", [
+    "<think>plum</think>", "<think>plum</think><answer>plum", "<answer>plum", "plum</answer>", "<think>plum",
+    "plum</think>", "<answer>plum</answer><answer>plum</answer>", "</answer>plum<answer>",
+])  # fmt: skip
+def test_a_form_begun_and_not_ended_has_no_summary(text):
+    """Its chain, or half of its answer, must not be praised as an answer, by the rule or by a reward model."""
+    judge = RewardModel(new_policy(tiny_config(TOKENIZER), 0), TOKENIZER, summary_of)
+    problem = Problem("say plum:", "plum")
+    assert summary_of(text) == "" and helpful(problem, summary_of(text)) == 0.0
+    assert judge(problem, text) == 0.0 < judge(problem, "plum")
+
+
+def test_an_answer_counts_whatever_the_chain_is():
+    assert summary_of("<think>fig<answer>plum</answer>") == "plum" == summary_of("fig<answer>plum</answer>pie")
 
 
 def test_documents_have_the_documented_manners():
