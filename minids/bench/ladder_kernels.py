@@ -6,7 +6,7 @@ Two operations, each a ladder: every rung changes one thing and computes the sam
     FP8 product         C = A B^T with a scale for 1 x 128 of A and for 128 x 128 of B: bound by arithmetic
 
 The last rung of each is the package's own kernel, `minids.kernels`. Simplified here: whole tiles only (the notebook's
-exercise 4 lifts that), no NaN, no infinity. Each kernel rounds to the type that its result's tensor has: under Triton's
+exercise 2 lifts that), no NaN, no infinity. Each kernel rounds to the type that its result's tensor has: under Triton's
 CPU interpreter, whose conversion to FP8 is wrong, that is FP32, and torch rounds.
 
 The notebook shows the same functions and asserts that their text is the same, hence their lines of 79.
@@ -83,11 +83,11 @@ def corrected(x_ptr, q_ptr, s_ptr, tiles, TILES: tl.constexpr):
     amax = tl.max(tl.abs(x), axis=1)
     scale = tl.where(amax == 0, 1.0, tl.div_rn(amax, 448.0))
     tl.store(s_ptr + tile, scale, mask=mask)
-    minus = x * -1.0                     # see below for all the signs
+    minus = x * -1.0                   # all signs are turned: so -0 stays -0
     inverse = tl.broadcast_to((-1.0 / scale)[:, None], x.shape)
     scale = tl.broadcast_to(scale[:, None], x.shape)
-    q = minus * inverse                  # off by a unit or two
-    missing = tl.fma(q, scale, minus)    # q s - x, rounded once
+    q = minus * inverse                # off by a unit or two
+    missing = tl.fma(q, scale, minus)  # q s - x, rounded once
     q = tl.fma(missing, inverse, q)
     tl.store(q_ptr + at, q.to(q_ptr.dtype.element_ty), mask=mask[:, None])
 

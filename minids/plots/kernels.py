@@ -33,17 +33,19 @@ def kernel_roofline(
         ax.loglog(x, np.minimum(peak, x * memory) / 1e12, color=colours[name], linewidth=2)
         ax.text(1.5e4, peak / 1e12 * 1.07, f"{name}: {peak / 1e12:,.0f} TFLOP/s", color=colours[name], ha="right")
         ax.axvline(peak / memory, color=colours[name], linewidth=0.9, linestyle=":")
-    ax.text(0.62, 0.8 * memory / 1e12, f"memory: {memory / 1e12:.2f} TB/s", color=INK, rotation=31, rotation_mode="anchor")
+    ax.text(3.4, 2.5 * memory / 1e12, f"memory: {memory / 1e12:.2f} TB/s", color=INK)
     for number, (_, intensity, kind, measured) in enumerate(points, 1):
         roof = min(peaks[kind], intensity * memory)
         ax.plot(intensity, roof / 1e12, "o", color=colours[kind], markersize=8, markerfacecolor="white")
         if measured is not None:
             ax.plot([intensity] * 2, [roof / 1e12, measured / 1e12], color=colours[kind], linewidth=0.9)
             ax.plot(intensity, measured / 1e12, "o", color=colours[kind], markersize=5)
-        ax.annotate(str(number), (intensity, roof / 1e12), (-5, 7), textcoords="offset points", color=INK, ha="right")
+        crowded = any(1 < intensity / other < 1.5 for _, other, *_ in points)  # a neighbour's label is on the left
+        ax.annotate(str(number), (intensity, roof / 1e12), (7, -12) if crowded else (-5, 7), textcoords="offset points",
+                    color=INK, ha="left" if crowded else "right")  # fmt: skip
     text = "\n".join(f"{number}  {label}" for number, (label, *_) in enumerate(points, 1))
     ax.text(0.985, 0.03, text, transform=ax.transAxes, ha="right", va="bottom", color=INK, linespacing=1.35,
-            bbox={"facecolor": "white", "edgecolor": PALE})  # fmt: skip
+            multialignment="left", bbox={"facecolor": "white", "edgecolor": PALE})  # fmt: skip
     ax.set(xlabel="FLOP per byte of memory traffic", ylabel="rate (TFLOP/s)", xlim=(0.5, 1.6e4), ylim=(1, 3000))
     return fig
 
@@ -66,9 +68,11 @@ def decode_heads(rows: Sequence[Mapping[str, float]], memory: float, peak: float
         ax.set_xticks(heads, [f"{h:.0f}" for h in heads])
         ax.minorticks_off()
         ax.set_xlabel("heads that share the cache (number)")
-        ax.legend(loc="lower right" if ax is left else "lower left")
+        ax.legend(loc="upper left" if ax is left else "lower left")
     balance = peak / memory / each
-    left.text(balance * 0.96, left.get_ylim()[0] * 1.15, f"{balance:.0f} heads", color=INK, ha="right")
+    left.text(balance * 1.06, left.get_ylim()[0] * 1.15, f"{balance:.0f}\nheads", color=INK)
+    ticks = [t for t in (20, 50, 100, 200, 500, 1000) if left.get_ylim()[0] < t < left.get_ylim()[1]]
+    left.set_yticks(ticks, ticks)
     return fig
 
 
@@ -158,7 +162,7 @@ def cache_traffic(capacities: Sequence[float], traffic: Mapping[str, Sequence[fl
     for (name, values), colour, mark in zip(traffic.items(), COLOURS, "os^Dv", strict=False):
         ax.plot(capacities, values, marker=mark, markersize=4.5, color=colour, label=name)
     ax.axhline(least, color=INK, linewidth=1)
-    ax.text(capacities[-1], least * 0.96, "each factor once", ha="right", va="top", color=INK)
+    ax.text(capacities[0], least * 0.96, "each factor once", va="top", color=INK)
     ax.axvline(real, color=GREY, linewidth=1, linestyle=":")
     ax.text(real * 1.03, ax.get_ylim()[1] * 0.9, "H200", color=INK)
     ax.set_xscale("log", base=2)
@@ -182,7 +186,8 @@ def warp_timelines(ways: Mapping[str, Mapping[str, Sequence[tuple[float, float, 
             for start, end, kind in spans:
                 if start < until:
                     width = min(end, until) - start
-                    ax.barh(place, width, left=start, height=0.76, color=WORK[kind], edgecolor="white", linewidth=0.7)
+                    ax.barh(place, width, left=start, height=0.76, color=WORK[kind], edgecolor="white", linewidth=0.7,
+                            alpha=0.45 if kind == "copy" else 1)  # several copies are under way at once
         ax.set_yticks(range(len(rows)), list(rows))
         ax.set(ylim=(len(rows) - 0.5, -0.5), xlim=(0, until))
         ax.set_title(title, loc="left", fontsize=9.5)
