@@ -101,11 +101,15 @@ def pair(cfg: ModelConfig, device: str) -> tuple[Transformer, nn.Module]:
         with torch.device(device):
             model = Transformer(cfg).train()
             for gate in model.routers():
-                gate.e_score_correction_bias.uniform_(-0.05, 0.05)
-            twin = DeepseekV3ForCausalLM(DeepseekV3Config.from_dict(cfg.to_dict())).train()
+                bias = gate.e_score_correction_bias.uniform_(-0.05, 0.05)
+                bias.copy_(bias.bfloat16())  # the twin may keep it so
+            settings = DeepseekV3Config.from_dict(cfg.to_dict())
+            settings._experts_implementation = "grouped_mm"
+            twin = DeepseekV3ForCausalLM(settings).train()
     finally:
         torch.set_default_dtype(before)
-    twin.set_experts_implementation("grouped_mm")
+    if twin.config._experts_implementation != "grouped_mm":
+        raise RuntimeError(f"transformers chose {twin.config._experts_implementation} for its experts, not grouped_mm")
     twin.load_state_dict(model.state_dict())  # the names are the published ones on both sides; strict
     return model, twin
 

@@ -56,8 +56,17 @@ def _fill(desc, buffers, full, empty, stage, phase, slot, COLUMN: gl.constexpr):
 
 
 @gluon.jit
-def _produce(q_desc, qr_desc, c_desc, r_desc, queries, pages, full, empty, table_ptr, lengths_ptr, H, table_stride,
-             SPLITS: gl.constexpr):
+def _prefetch(pages_ptr, page):
+    """Asks for a page to be brought to the L2 cache: 64 x 576 numbers, each of 32 threads for two slots."""
+    slot = page.to(gl.int64) * 64 + 2 * gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    address = (pages_ptr + slot * 576).to(gl.int64, bitcast=True)
+    gl.inline_asm_elementwise("cp.async.bulk.prefetch.L2.global [$1], 2304; mov.u32 $0, 0;", "=r,l", [address],
+                              dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def _produce(q_desc, qr_desc, c_desc, r_desc, queries, pages, full, empty, pages_ptr, table_ptr, lengths_ptr, H,
+             table_stride, SPLITS: gl.constexpr, PREFETCH: gl.constexpr):
     row, _, first, count = _share(lengths_ptr, SPLITS)
     q_left, q_right, q_rope, q_full = queries
     left, right, rope = pages
@@ -75,6 +84,8 @@ def _produce(q_desc, qr_desc, c_desc, r_desc, queries, pages, full, empty, table
         following = gl.load(entries + gl.minimum(first + step + 1, last))  # asked for a turn before it is needed
         stage, phase = step % 2, step // 2 & 1
         _fill(r_desc, rope, rope_full, rope_empty, stage, phase, page * 64, 512)
+        if PREFETCH:
+            _prefetch(pages_ptr, following)
         _fill(c_desc, right, right_full, right_empty, stage, phase, page * 64, 256)
         _fill(c_desc, left, left_full, left_empty, stage, phase, page * 64, 0)
         page = following
@@ -202,8 +213,8 @@ def _adder(queries, pages, full, empty, p_buffer, shrink_buffer, out_ptr, sums_p
 
 
 @gluon.jit(do_not_specialize=["H", "table_stride"])
-def _attend(q_desc, qr_desc, c_desc, r_desc, table_ptr, lengths_ptr, out_ptr, sums_ptr, H, table_stride, scale,
-            SPLITS: gl.constexpr):
+def _attend(q_desc, qr_desc, c_desc, r_desc, pages_ptr, table_ptr, lengths_ptr, out_ptr, sums_ptr, H, table_stride,
+            scale, SPLITS: gl.constexpr, PREFETCH: gl.constexpr):
     q_left = gl.allocate_shared_memory(gl.bfloat16, [64, 256], q_desc.layout)
     q_right = gl.allocate_shared_memory(gl.bfloat16, [64, 256], q_desc.layout)
     q_rope = gl.allocate_shared_memory(gl.bfloat16, [64, 64], qr_desc.layout)
@@ -238,15 +249,19 @@ def _attend(q_desc, qr_desc, c_desc, r_desc, table_ptr, lengths_ptr, out_ptr, su
     gl.warp_specialize([
         (_scorer, shared),
         (_adder, shared),
-        (_produce, (q_desc, qr_desc, c_desc, r_desc, queries, pages, full, empty, table_ptr, lengths_ptr, H,
-                    table_stride, SPLITS)),
+        (_produce, (q_desc, qr_desc, c_desc, r_desc, queries, pages, full, empty, pages_ptr, table_ptr, lengths_ptr, H,
+                    table_stride, SPLITS, PREFETCH)),
     ], [4, 1], [232, 24])  # fmt: skip
 
 
 def attend(
-    q: Tensor, pages: Tensor, table: Tensor, lengths: Tensor, out: Tensor, sums: Tensor, scale: float, splits: int
-) -> None:
-    """Fills out (B, SPLITS, H, C), normalised parts, and their sums (B, SPLITS, H), as `latent_attention._attend` does."""
+    q: Tensor, pages: Tensor, table: Tensor, lengths: Tensor, out: Tensor, sums: Tensor, scale: float, splits: int,
+    prefetch: bool = False,
+) -> None:  # fmt: skip
+    """Fills out (B, SPLITS, H, C), each part divided by its sum of exponentials, and sums (B, SPLITS, H), their log2.
+
+    prefetch: bring each page to the L2 cache a page before it is copied.
+    """
     b, h, d = q.shape
     half = gl.NVMMASharedLayout.get_default_for([HEADS, HALF], gl.bfloat16)
     rope = gl.NVMMASharedLayout.get_default_for([HEADS, ROPE], gl.bfloat16)
@@ -254,5 +269,5 @@ def attend(
     _attend[(cdiv(h, HEADS), b, splits)](
         TensorDescriptor.from_tensor(q, [HEADS, HALF], half), TensorDescriptor.from_tensor(q, [HEADS, ROPE], rope),
         TensorDescriptor.from_tensor(pages, [PAGE, HALF], half), TensorDescriptor.from_tensor(pages, [PAGE, ROPE], rope),
-        table, lengths, out, sums, h, table.stride(0), scale, splits, num_warps=4,
+        pages, table, lengths, out, sums, h, table.stride(0), scale, splits, prefetch, num_warps=4,
     )  # fmt: skip
