@@ -18,9 +18,11 @@ inference is always the plain top-K above and a checkpoint needs to know nothing
 Shapes: N tokens (B * T), D hidden, E experts, K chosen, G groups.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +52,12 @@ class Routing:
     logits: Tensor | None = None  # (N, E) float32: x W_g^T with its noise, differentiable
     noise: Noise | None = None
     served: Tensor | None = None  # (N, K) bool: choices that reach their expert; None is all
+
+    def detached(self) -> Routing:
+        """The same numbers, out of the graph of gradients."""
+        noise = self.noise and Noise(self.noise.clean.detach(), self.noise.deviation.detach())
+        values = {field.name: getattr(self, field.name) for field in fields(self)} | {"noise": noise}
+        return Routing(**{name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()})
 
     def received(self) -> Tensor:
         """(E,) int64: tokens each expert works on, ``load`` without the choices that were not served."""

@@ -138,6 +138,11 @@ class Optimizer:
         self.grad_norm = 0.0
 
     @property
+    def owns_gradients(self) -> bool:
+        """Whether backward's gradients are those of the masters, so that backward itself may add them up."""
+        return all(self.masters[name] is p for name, p in self.params.items())
+
+    @property
     def scale(self) -> float:
         """Factor of the loss before `backward`."""
         return self.scaler.scale

@@ -27,7 +27,7 @@ from minids.train.recipe import Recipe
 # A resumed run may change these: they leave the sequence of weights and losses as it is (a pipeline: but for the order of
 # sums).
 FREE_ON_RESUME = {"resume", "overwrite", "out", "name", "keep", "save_every", "prompts", "sample_tokens", "pipeline",
-                  "pipeline_layers", "pipeline_chunks"}
+                  "pipeline_layers", "pipeline_chunks", "cuda_graph"}
 @dataclass
 class RecipeConfig:
     """V3's schedule on a budget of `tokens`; see minids.train.recipe."""
@@ -90,6 +90,9 @@ class TrainConfig:
     """Keep attention, positions and labels inside a document (V3 pre-trains without)."""
     recompute: bool = False
     """Recompute each block's activations in the backward pass: less memory, a third more compute."""
+    cuda_graph: bool = False
+    """Record a micro-batch's work on the device once and replay it (minids.train.graph): for small models and FP8, where
+    the host is the slower one. CUDA only."""
     pipeline: str | None = None
     """Train over the processes of torchrun in this schedule: gpipe, 1f1b, interleaved_1f1b, zb1p, zbv, dualpipe,
     dualpipe_v. micro_batch is then the most sequences in a micro-batch; see minids.pipeline.train."""
@@ -135,6 +138,8 @@ class TrainConfig:
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other: the one continues the run, the other deletes it")
         self._check_device()
+        if self.cuda_graph:
+            self._check_graph()
         if self.pipeline is None and (self.pipeline_layers or self.pipeline_chunks):
             raise ValueError("pipeline_layers and pipeline_chunks need --pipeline NAME")
         if self.pipeline is not None and self.pipeline not in NAMES:
@@ -151,6 +156,16 @@ class TrainConfig:
             raise ValueError(f"device = {self.device!r}: this machine has {torch.cuda.device_count()} CUDA devices")
         if device.type not in ("cpu", "cuda"):
             raise ValueError(f"device = {self.device!r}: must be cpu, cuda or cuda:N")
+
+    def _check_graph(self) -> None:
+        if torch.device(self.device).type != "cuda":
+            raise ValueError(f"cuda_graph = True with device = {self.device!r}: device must be cuda or cuda:N")
+        others = {"recompute": (self.recompute, "recomputing saves the state of random numbers on the host"),
+                  "precision": (self.precision == "fp16", "the loss scale of fp16 changes"),
+                  "pipeline": (self.pipeline is not None, "stages wait for each other")}  # fmt: skip
+        for name, (given, reason) in others.items():
+            if given:
+                raise ValueError(f"cuda_graph = True with {name} = {getattr(self, name)!r}: cannot be recorded, {reason}")
 
     @property
     def folder(self) -> Path:

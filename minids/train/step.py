@@ -22,8 +22,10 @@ Source: DeepSeek-V3 Technical Report (arXiv 2412.19437), sections 2.1.2 (load of
 
 from __future__ import annotations
 
+import contextlib
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -36,6 +38,7 @@ from minids.model.load import LoadMeter
 from minids.model.loss import IGNORE
 from minids.model.moe import copied_once
 from minids.model.transformer import Transformer
+from minids.train.graph import Recorder
 from minids.train.optim import Optimizer
 from minids.train.settings import TrainConfig
 
@@ -74,42 +77,55 @@ def autocast(precision: str, device: str) -> AbstractContextManager:
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16-autocast")
 
 
+def micro_batch(model: Transformer, balancer: Balancer, optimizer: Optimizer, config: TrainConfig, inputs: Tensor,
+                labels: Tensor, ids: Tensor, counted: Tensor, mtp_lambda: float | Tensor, of_rows: float | Tensor):
+    """Forward and backward of some rows, which are the share `of_rows` of the batch, whose `counted` labels count.
+    Returns what this adds to the batch's losses, detached (total, next token, balance, one a depth), and the routings."""
+    with autocast(config.resolved_precision, config.device):
+        out = model(inputs, labels=labels, document_ids=ids, document_mask=config.document_mask,
+                    recompute=config.recompute)
+    share = (labels != IGNORE).sum() / counted
+    balance = balancer.loss(out.routing, len(inputs)) * of_rows
+    loss = share * out.loss + balance
+    if out.mtp_losses:
+        loss = loss + mtp_lambda * share * out.mtp_loss
+    (optimizer.scale * loss).backward()
+    balance = balance.detach() if isinstance(balance, Tensor) else balance
+    losses = (loss.detach(), (share * out.loss).detach(), balance)
+    return losses, [share * x.detach() for x in out.mtp_losses], [routing.detached() for routing in out.routing]
+
+
 def compute_gradients(model: Transformer, optimizer: Optimizer, tokens: np.ndarray | Tensor,
                       document_ids: np.ndarray | Tensor, mtp_lambda: float, config: TrainConfig,
-                      balancer: Balancer | None = None) -> StepResult:
+                      balancer: Balancer | None = None, recorder: Recorder | None = None) -> StepResult:
     """Leave the gradient of a global batch (B, T + 1) in `optimizer` (times its loss scale); returns the losses.
 
-    `balancer`: the strategies installed in the model; None is what V3 does.
+    `balancer`: the strategies installed in the model; None is what V3 does. `recorder`: runs micro-batches as CUDA graphs.
     """
     model.train()
     balancer = balancer or Balancer.install(model)
     inputs, labels, ids = split_rows(tokens, document_ids, config.document_mask, config.device)
     rows, counted = len(inputs), (labels != IGNORE).sum().clamp_min(1)
-    sums = {"total": 0.0, "loss": 0.0, "balance": 0.0}
-    mtp_sums, meter = [], LoadMeter(model.cfg)
-    low = model.experts() if config.resolved_precision == "bf16-autocast" else []
-    with copied_once(low), quantised_once(model):
+    sums, mtp_sums, meter = [0.0, 0.0, 0.0], [], LoadMeter(model.cfg)
+    run = partial(micro_batch, model, balancer, optimizer, config)
+    with contextlib.ExitStack() as once:
+        if recorder is not None:  # makes weights of lower precision inside
+            adds = rows > config.micro_batch and optimizer.owns_gradients
+            run = recorder.begin(run, list(optimizer.params.values()), adds)
+        else:
+            once.enter_context(quantised_once(model))
+            if config.resolved_precision == "bf16-autocast":
+                once.enter_context(copied_once(model.experts()))
         for start in range(0, rows, config.micro_batch):
             part = slice(start, start + config.micro_batch)
-            with autocast(config.resolved_precision, config.device):
-                out = model(inputs[part], labels=labels[part], document_ids=ids[part],
-                            document_mask=config.document_mask, recompute=config.recompute)
-            share = (labels[part] != IGNORE).sum() / counted
-            size = len(inputs[part])
-            balance = balancer.loss(out.routing, size) * (size / rows)
-            loss = share * out.loss + balance
-            if out.mtp_losses:
-                loss = loss + mtp_lambda * share * out.mtp_loss
-                mtp_sums.append([share * x.detach() for x in out.mtp_losses])
-            (optimizer.scale * loss).backward()
+            of_rows = len(inputs[part]) / rows
+            losses, depths, routings = run(inputs[part], labels[part], ids[part], counted, mtp_lambda, of_rows)
             optimizer.accumulate()
-            sums["total"] += loss.detach()
-            sums["loss"] += (share * out.loss).detach()
-            sums["balance"] += balance.detach() if isinstance(balance, Tensor) else balance
-            meter.add(out.routing)
-    return StepResult(
-        total=float(sums["total"]), loss=float(sums["loss"]), balance_loss=float(sums["balance"]),
-        mtp_losses=[float(sum(depth)) for depth in zip(*mtp_sums, strict=True)], meter=meter)
+            sums = [a + b for a, b in zip(sums, losses, strict=True)]
+            mtp_sums = [a + b for a, b in zip(mtp_sums or [0.0] * len(depths), depths, strict=True)]
+            meter.add(routings)
+    total, loss, balance = map(float, sums)
+    return StepResult(total, loss, [float(x) for x in mtp_sums], balance, meter)
 
 
 @torch.no_grad()

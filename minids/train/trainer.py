@@ -42,6 +42,7 @@ from minids.model.load import LoadMeter
 from minids.model.transformer import Transformer
 from minids.plots import loss_curve
 from minids.train import state
+from minids.train.graph import Recorder
 from minids.train.interrupt import Interrupt
 from minids.train.metrics import MetricsLog, peak_flops, read_metrics
 from minids.train.optim import Optimizer
@@ -88,6 +89,10 @@ class Trainer:
     log: MetricsLog
     progress: Progress = field(default_factory=Progress)
     valid_meter: LoadMeter | None = None  # of the last evaluation
+    recorder: Recorder | None = None  # of micro-batches, with --cuda-graph
+
+    def __post_init__(self) -> None:
+        self.recorder = Recorder() if self.config.cuda_graph else None
 
     @classmethod
     def start(cls, config: TrainConfig) -> Trainer:
@@ -157,7 +162,7 @@ class Trainer:
                  "lambda": recipe.mtp_lambda(progress.tokens)}
         tokens, document_ids = self.data.train.batch(progress.position, rows)
         result = compute_gradients(self.model, self.optimizer, tokens, document_ids, rates["lambda"], config,
-                                   self.balancer)
+                                   self.balancer, self.recorder)
         moved = self.optimizer.step(rates["lr"], apply=math.isfinite(result.total))
         if moved:
             self.balancer.update(result.loads, rates["gamma"])
