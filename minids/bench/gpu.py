@@ -27,7 +27,15 @@ from minids import kernels
 from minids.bench import gpu_training
 from minids.bench.common import Report
 from minids.bench.gpu_attention import mla_decoding, prefill_attention
-from minids.bench.gpu_cases import BF16, Case, fp8_products, grouped_products, normal, quantizations
+from minids.bench.gpu_cases import (
+    BF16,
+    Case,
+    fp8_products,
+    grouped_products,
+    normal,
+    quantizations,
+    reset_after_capture,
+)  # fmt: skip
 from minids.bench.gpu_layers import moe_layers
 from minids.bench.gpu_report import COLUMNS, missed, remarks, row_of, table_row
 from minids.bench.gpu_small import small_operations
@@ -98,15 +106,6 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
 
 def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
-
-
-def reset_after_capture() -> None:
-    """A capture that failed leaves its stream current and the random generator believing that it is recorded."""
-    torch.cuda.set_stream(torch.cuda.default_stream())
-    torch.cuda.synchronize()
-    fresh = torch.Generator(device="cuda")
-    fresh.manual_seed(0)
-    torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh.graphsafe_get_state())
 
 
 def record(call: Callable[[], object]) -> torch.cuda.CUDAGraph:

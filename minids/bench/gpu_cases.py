@@ -51,6 +51,17 @@ def error(out: Tensor, exact: Tensor) -> float:
     return ((out.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
+def reset_after_capture() -> None:
+    """A capture that failed leaves its stream current and the random generator believing that it is recorded."""
+    if not torch.cuda.is_available():
+        return
+    torch.cuda.set_stream(torch.cuda.default_stream())
+    torch.cuda.synchronize()
+    fresh = torch.Generator(device="cuda")
+    fresh.manual_seed(0)
+    torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh.graphsafe_get_state())
+
+
 def quantizations(limits: Limits) -> Builders:
     def case(name: str, size: tuple[int, int], bytes_each: float, call: Callable[..., Any], expected: Callable[..., Any],
              prepare: Callable[[Tensor], tuple] = lambda x: (x,)) -> Case:  # fmt: skip

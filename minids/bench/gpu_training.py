@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from minids.bench.common import interleaved
+from minids.bench.gpu_cases import reset_after_capture
 from minids.bench.gpu_report import row_of
 from minids.config import ModelConfig
 from minids.fp8 import to_fp8
@@ -83,7 +84,8 @@ def timed_pair(cfg: ModelConfig, fp8: bool, rounds: int, size: tuple[int, int], 
             module.zero_grad(set_to_none=True)
     try:
         steps["minids"] = graphed(model, batches[0])
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:
+        reset_after_capture()
         refused["minids, one CUDA graph"] = str(error).splitlines()[0]
         steps["minids"] = steps.pop(EAGER)
     times = interleaved({name: over(batches, step) for name, step in steps.items()}, rounds, settle=1)
