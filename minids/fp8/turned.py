@@ -4,7 +4,7 @@ FP8 tensor cores want the summed index adjacent in memory in both factors. Dgrad
 tokens, so both read transposes. As torch operations a transpose for Wgrad is five passes over memory: the bytes become
 FP32, are multiplied by their scales, gathered, rounded, turned. Each function here is one:
 
-    weight_both    W, 128 x 128          -> q, scales; q^T, scales^T
+    weight_both    W, 128 x 128          -> q, scales; q^T, scales^T (two: the bytes are turned by themselves)
     columns        q and 1 x 128 scales  -> what they mean, quantised 128 x 1, turned; of the experts' slots if asked
     slots          the same              -> rows of the experts' slots, zeros where slots only fill up a block
     keep_wide      o_proj's input        -> its operand for Fprop, and E5M6 numbers to keep [V3 3.3.3]
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from minids.fp8.formats import E5M6
-from minids.fp8.operands import Kept12, Operand, keep_12_bits, quantize
+from minids.fp8.operands import Kept12, Operand, keep_12_bits
+from minids.kernels import quantize_block
 from minids.kernels.backend import cdiv, choose, jit, tl
 from minids.kernels.quantize import e4m3_scale, magnitude_bits, quantize_tile, quantize_tile_t, to_e4m3
 from minids.model.moe import Dispatch
@@ -53,53 +54,37 @@ def on_device(x: Tensor) -> bool:
 
 def weight_both(w: Tensor, scale: str) -> tuple[Operand, Operand]:
     """W (..., N, K) quantised 128 x 128, and its transpose, (..., K, N)."""
-    w, (n, k) = w.detach().contiguous(), w.shape[-2:]
-    if not on_device(w) or n % 16 or k % 16:
-        found = quantize(w, (128, 128), scale)
-        return found, turn(found)
-    lead, (n_tiles, k_tiles) = w.shape[:-2], (cdiv(n, 128), cdiv(k, 128))
-    q, q_t = w.new_empty(w.shape, dtype=FP8), w.new_empty((*lead, k, n), dtype=FP8)
-    s, s_t = (w.new_empty((*lead, *tiles), dtype=torch.float32) for tiles in ((n_tiles, k_tiles), (k_tiles, n_tiles)))
-    _weight[(k_tiles, n_tiles, lead.numel())](w, q, s, q_t.view(torch.int32), s_t, n, k, scale == "ue8m0", num_warps=8)
-    return Operand(q, s, (128, 128)), Operand(q_t, s_t, (128, 128))
+    found = Operand(*quantize_block(w.detach().contiguous(), scale=scale), (128, 128))
+    return found, turn(found)
 
 
 def turn(operand: Operand) -> Operand:
     """The transpose of the last two dimensions, copied."""
-    q = operand.q.view(torch.uint8).transpose(-1, -2).contiguous().view(FP8)
-    return Operand(q, operand.scale_inv.transpose(-1, -2).contiguous(), operand.group[::-1], operand.joined)
+    q, scale_inv = operand.q, operand.scale_inv.transpose(-1, -2).contiguous()
+    *lead, n, k = q.shape
+    if on_device(q) and n % 4 == 0 and q.is_contiguous():
+        q_t, grid = q.new_empty((*lead, k, n)), (cdiv(k, 64), cdiv(n, 128), q[..., 0, 0].numel())
+        _turn[grid](q.view(torch.uint8), q_t.view(torch.int32), n, k, num_warps=4)
+    else:
+        q_t = q.view(torch.uint8).transpose(-1, -2).contiguous().view(FP8)
+    return Operand(q_t, scale_inv, operand.group[::-1], operand.joined)
 
 
 @jit
-def _weight(w_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, N, K, UE8M0: tl.constexpr):
-    """One program: one block of one expert. qt_ptr points to words of four rows."""
+def _turn(q_ptr, qt_ptr, N, K):
+    """One program: 128 rows of 64 columns of one expert's bytes. qt_ptr points to words of four rows."""
     expert = tl.program_id(2).to(tl.int64)
     quad = tl.program_id(1) * 32 + tl.arange(0, 32)
-    column = tl.program_id(0) * 128 + tl.arange(0, 128)
-    w_ptr += expert * N * K
-    q_ptr += expert * N * K
-    at = (quad * 4).to(tl.int64)[:, None] * K + column[None, :]
-    inside = (quad * 4 < N)[:, None] & (column < K)[None, :]  # N is a multiple of 16: all rows of a quad or none
-    w0 = tl.load(w_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    w1 = tl.load(w_ptr + at + K, mask=inside, other=0.0).to(tl.float32)
-    w2 = tl.load(w_ptr + at + 2 * K, mask=inside, other=0.0).to(tl.float32)
-    w3 = tl.load(w_ptr + at + 3 * K, mask=inside, other=0.0).to(tl.float32)
-    bits = tl.maximum(tl.maximum(magnitude_bits(w0), magnitude_bits(w1)),
-                      tl.maximum(magnitude_bits(w2), magnitude_bits(w3)))
-    scale = e4m3_scale(tl.max(tl.max(bits, axis=0, keep_dims=True), axis=1), UE8M0)  # (1,)
-    n_tiles, k_tiles = tl.num_programs(1), tl.num_programs(0)
-    one = tl.arange(0, 1)
-    tl.store(s_ptr + (expert * n_tiles + tl.program_id(1)) * k_tiles + tl.program_id(0) + one, scale)
-    tl.store(st_ptr + (expert * k_tiles + tl.program_id(0)) * n_tiles + tl.program_id(1) + one, scale)
-    scale = scale[:, None]
-    q0, q1, q2, q3 = to_e4m3(w0, scale), to_e4m3(w1, scale), to_e4m3(w2, scale), to_e4m3(w3, scale)
-    tl.store(q_ptr + at, q0, mask=inside)
-    tl.store(q_ptr + at + K, q1, mask=inside)
-    tl.store(q_ptr + at + 2 * K, q2, mask=inside)
-    tl.store(q_ptr + at + 3 * K, q3, mask=inside)
-    words = N // 4
+    column = tl.program_id(0) * 64 + tl.arange(0, 64)
+    at = expert * N * K + (quad * 4).to(tl.int64)[:, None] * K + column[None, :]
+    inside = (quad * 4 < N)[:, None] & (column < K)[None, :]  # N is a multiple of 4: all rows of a quad or none
+    b0 = tl.load(q_ptr + at, mask=inside, other=0).to(tl.int32)
+    b1 = tl.load(q_ptr + at + K, mask=inside, other=0).to(tl.int32)
+    b2 = tl.load(q_ptr + at + 2 * K, mask=inside, other=0).to(tl.int32)
+    b3 = tl.load(q_ptr + at + 3 * K, mask=inside, other=0).to(tl.int32)
+    word, words = b0 | (b1 << 8) | (b2 << 16) | (b3 << 24), N // 4
     at_t = expert * K * words + column.to(tl.int64)[:, None] * words + quad[None, :]
-    tl.store(qt_ptr + at_t, tl.trans(word_of(q0, q1, q2, q3)), mask=(column < K)[:, None] & (quad < words)[None, :])
+    tl.store(qt_ptr + at_t, tl.trans(word), mask=(column < K)[:, None] & (quad < words)[None, :])
 
 
 @jit

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minids import ModelConfig
-from minids.fp8 import feedforward, gated, linear, turned
+from minids.fp8 import feedforward, gated, linear, products, turned
 from minids.fp8.operands import Operand, keep_12_bits, quantize
 from minids.fp8.products import Simulated
 from minids.fp8.real import RealBlocks
@@ -164,10 +164,29 @@ def test_rows_beyond_the_last_block_stay_among_themselves(kernel):
     same(dirty[3][:128], clean[3][:128])
 
 
+def wide_in_fp32(operand):
+    wide = operand.dequantize(torch.float32)
+    return wide.flatten(-3, -2) if operand.joined else wide
+
+
+def multiply_in_fp32(a, b, ends=None):
+    """`products.multiply`, which would round to BF16 on a GPU."""
+    if ends is None:
+        return a @ b
+    stops = [0, *ends.tolist()]
+    blocks = list(zip(stops[:-1], stops[1:], strict=True))
+    if b.ndim == 2:
+        return torch.stack([a[:, i:j] @ b[i:j] for i, j in blocks])
+    return torch.cat([a[i:j] @ w for (i, j), w in zip(blocks, b, strict=True)])
+
+
 @pytest.mark.parametrize("recipe", ["v3", "v3_ue8m0"])
 def test_whole_layers_by_kernels_are_the_simulated_ones(kernel, recipe, monkeypatch):
-    """Experts, a dense net and o_proj, forward and backward. Apart: the order of FP32 sums, and what that rounds to another
-    E4M3 number; on a GPU the simulation multiplies in BF16 what FP8 stores."""
+    """Experts, a dense net and o_proj, forward and backward. Apart: the order of FP32 sums (on a GPU 14 bits of 128 of
+    them), about 2^-13; and where the result is quantised for a second product, a number in a hundred that this moves to
+    the neighbour, which is 2^-3 to 2^-4 away: 0.01. A group or a scale that was wrong would be ten times that."""
+    monkeypatch.setattr(products, "_wide", wide_in_fp32)
+    monkeypatch.setattr(products, "multiply", multiply_in_fp32)
     sizes = dict(hidden_size=256, moe_intermediate_size=128, n_routed_experts=6, n_group=1, topk_group=1)
     experts = Experts(ModelConfig.preset("toy", **sizes))
     layers = {"experts": experts, "mlp": MLP(256, 128), "o_proj": Linear(256, 128)}
@@ -187,6 +206,7 @@ def test_whole_layers_by_kernels_are_the_simulated_ones(kernel, recipe, monkeypa
         outs = [feedforward.Fp8Experts.of(experts, recipe)(x, routing), feedforward.Fp8MLP.of(layers["mlp"], recipe)(x),
                 linear.Fp8Linear.of(layers["o_proj"], recipe, wide_input=True)(x)]  # fmt: skip
         found.append([*outs, *torch.autograd.grad(outs, leaves, grads)])
-    for theirs, ours in zip(*found, strict=True):
-        assert float((ours - theirs).norm() / theirs.norm()) < (1e-3 if kernel == "cpu" else 1e-2)
+    for i, (theirs, ours) in enumerate(zip(*found, strict=True)):
+        once = i in (2, len(leaves) + 2) or kernel == "cpu"  # o_proj and its weight's gradient: one product
+        assert float((ours - theirs).norm() / theirs.norm()) < (1e-3 if once else 2e-2), i
     assert not found[1][6][3].any() and found[1][6][2].any()  # nobody chose expert 3
