@@ -69,8 +69,8 @@ def quantize_tile_t(
 def quantize_tile_both(
     x: Tensor, *, scale: str = "fp32", column_major: bool = False, backend: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`quantize_tile` and `quantize_tile_t` from one read of x, if its rows are a multiple of 16 numbers apart: q,
-    scale_inv, q_t, scale_inv_t."""
+    """`quantize_tile` and `quantize_tile_t`, from one read of x if it is BF16 or FP16 and its rows are a multiple of 16
+    numbers apart: q, scale_inv, q_t, scale_inv_t."""
     _check(x, scale)
     if choose(backend, x) == "torch":
         q, scale_inv = reference(x, scale)
@@ -191,7 +191,8 @@ def _quantize_tile_t(x: Tensor, ue8m0: bool, column_major: bool) -> tuple[Tensor
 
 @registered("quantize_tile_both")
 def _quantize_tile_both(x: Tensor, ue8m0: bool, column_major: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if x.stride(0) % 16:  # Triton 3.6 turns words wrongly (m8n8 loads) for some layouts that only such rows give
+    # Triton 3.6 loses some of the words that it turns where a thread has loaded four numbers of a row, not eight.
+    if x.stride(0) % 16 or x.dtype == torch.float32:
         return *_quantize_tile(x, ue8m0, column_major), *_quantize_tile_t(x, ue8m0, column_major)
     (q, scale_inv), (q_t, scale_t) = empty(x, column_major), _empty_t(x, column_major)
     if q.numel():
