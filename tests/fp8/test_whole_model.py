@@ -1,4 +1,4 @@
-"""Gradients of a whole model in FP8 by two engines, or two kinds of scales: both as far from BF16's as the format makes them.
+"""Gradients of a whole model in FP8 by two engines, or two kinds of scales: equally far from BF16, as the format has it.
 
 A last bit that differs moves a number to the next E4M3 number, 2^-3 to 2^-4 away, so that two ways to compute the same FP8
 model soon round independently of each other: each is some distance d from BF16's gradients, and they are up to sqrt(2) d
