@@ -10,7 +10,8 @@ The problem: as four operations h is read and written four times before the next
 FP32, rounded once, and, for a product in FP8, quantised 1 x 128 before it ever leaves the multiprocessor. Backward needs
 the two inputs alone, and writes h once more for the next product's weight gradient if asked: then nobody has to keep it.
 
-Floors for M rows: M F (4 + 2) bytes in BF16; M F (4 + 1 + 4 / 128) quantised; backward M F (6 + 4), h again M F 2.
+Floors for M rows: M F (4 + 2) bytes in BF16; M F (4 + 1 + 4 / 128) quantised; backward M F (6 + 4), h again M F 2. About 10
+operations a number, 20 backward: far below.
 
 Layout: both (M, 2F) row-major, gate columns then up columns; or gate and up, (M, F) each.
 Shapes: M rows (token slots), F expert width.

@@ -6,7 +6,8 @@
 The problem: written with torch this is a dozen operations a weight, each a pass over memory. All in FP32; moments are
 rounded to their own type when they are stored, and the update uses them before.
 
-Floor for a weight's numbers: 12 bytes for weight and gradient, 8 for moments in BF16, 16 in FP32.
+Floors for a weight's numbers: 12 bytes for weight and gradient, 8 for moments in BF16, 16 in FP32; 15
+operations, far below.
 """
 
 import torch

@@ -10,7 +10,8 @@ The problem: as torch operations this reads and writes (N, E) a dozen times and 
 scores of a few tokens in registers, and K times takes the largest and strikes it out. Equal choices: the lower index. It
 also counts what each expert got; backward is one pass, too.
 
-Floor: logits read, scores written, 8 N E bytes, and the chosen ones; backward 12 N E at most.
+Floors: logits read, scores written, 8 N E bytes, and the chosen ones; backward 12 N E at most. Operations: about 3 (K + 4)
+N E comparisons, which is where the time goes: K rounds of the largest, one after the other.
 
 Shapes: N tokens, E experts (a power of two), G groups, K chosen.
 """

@@ -3,7 +3,7 @@
     out[n] = sum over k of y[slot[n, k]]
 
 Gate values were applied before the experts' second product (`swiglu`), so this is a plain sum, in FP32, rounded once. It
-is also the backward of dispatch. Every slot is read once, so the floor is M D reads and N D writes in BF16.
+is also the backward of dispatch. Floors: every slot is read once, 2 (M + N) D bytes in BF16; M D additions, far below.
 
 Layout: y (M, D) row-major, slot (N, K) row-major. Shapes: M slots, N tokens, K chosen experts, D hidden.
 """
