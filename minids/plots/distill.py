@@ -139,13 +139,15 @@ def published(students: Mapping[str, tuple[float, float]], others: Mapping[str, 
     fig, ax = plt.subplots(figsize=(7.4, 3.8))
     for name, (size, score) in students.items():
         ax.plot([size], [score], "o", color=GREEN if "Llama" in name else BLUE, markersize=7)
-        ax.annotate(name, (size, score), (0, -13), textcoords="offset points", ha="center", fontsize=8)
+        beside = "Llama" in name  # two students have nearly the same size
+        ax.annotate(name, (size, score), (8, -3) if beside else (0, 7), textcoords="offset points", fontsize=8,
+                    ha="left" if beside else "center")  # fmt: skip
     for (name, score), colour in zip(others.items(), (PURPLE, ORANGE, GREY, RED), strict=False):
         ax.axhline(score, color=colour, linestyle="--", linewidth=1.2)
         ax.annotate(name, (1.0, score), (4, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
                     va="center", fontsize=8, color=colour, annotation_clip=False)  # fmt: skip
     ax.set(xscale="log", xlabel="parameters of the student (billions)", ylabel="AIME 2024, pass@1 (%)", ylim=(0, 100),
-           xlim=(1, 120))  # fmt: skip
+           xlim=(1, 160))  # fmt: skip
     ax.set_xticks([1.5, 7, 14, 32, 70], ["1.5", "7", "14", "32", "70"])
     ax.minorticks_off()
     return fig
