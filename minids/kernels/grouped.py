@@ -187,7 +187,7 @@ def find_tiles(ends: Tensor, rows: int, bm: int) -> Tensor:
 # From a sweep on an H200: the forward's W with unit stride along K, along N (the input gradient's), the weight gradient.
 TILE = 128  # rows of both
 FORWARD = {"BM": TILE, "BN": 128, "BK": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
-DGRAD = {"BM": TILE, "BN": 256, "BK": 64, "GROUP": 8, "num_warps": 8, "num_stages": 4}
+DGRAD = {"BM": TILE, "BN": 256, "BK": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
 WGRAD = {"BN": 128, "BK": 256, "ROWS": 64, "GROUP": 8, "num_warps": 8, "num_stages": 4}
 
 
