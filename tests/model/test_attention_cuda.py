@@ -19,7 +19,7 @@ def inputs(dtype):
 
 
 def test_cudnn_is_chosen_on_hopper():
-    """Keys of 192 and values of 128 numbers in BF16: flash refuses them, the memory-efficient kernel is four times slower."""
+    """Keys of 192 and values of 128 numbers in BF16: flash refuses them, the memory-efficient one is four times slower."""
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper GPU")
     q, k, v = inputs(torch.bfloat16)
