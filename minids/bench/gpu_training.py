@@ -123,7 +123,9 @@ def autocast(model: nn.Module) -> torch.autocast:
 
 
 def ours(model: nn.Module, rows: Tensor) -> Tensor:
-    """One step on ``rows`` (B, T + 1); the loss."""
+    """One step on ``rows`` (B, T + 1); the loss. What was kept of the weights in lower precision counts as out of date, as
+    after an optimizer's step."""
+    torch.autograd.graph.increment_version(list(model.parameters()))
     model.zero_grad(set_to_none=True)
     with autocast(model):
         out = model(rows[:, :-1], labels=rows[:, 1:])
