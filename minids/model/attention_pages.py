@@ -4,8 +4,9 @@ The problem: written with torch, a step copies every row's pages into one block,
 and reads the latent twice. The kernel follows the page table, stops at each row's own length and reads once. It knows one
 token a row; a draft under verification is a row of its own that sees one slot more than the token before it.
 
-Both caches are pages to it: the paged one as it is, `LatentCache` as rows of consecutive pages. Not for MTP layers, whose
-first slots hold nothing, nor in training, prefill or any dtype but BF16.
+Both caches are pages of 64 slots to it: the paged one as it is, `LatentCache` as rows of consecutive pages. Not for MTP
+layers, whose first slots hold nothing, nor in training, prefill, pages of another size or any dtype but BF16: there the
+torch way is taken.
 
 Shapes: B rows, T new tokens a row, H heads, N/R/V head dims without/with RoPE/of values, C latent.
 """
