@@ -47,6 +47,7 @@ from minids.plots.pipeline import (
     overlap_limits,
     schedule_rows,
     side_by_side,
+    steps_measured,
 )
 from minids.plots.placement import gpu_load_bars, nodes_reached_bars
 from minids.plots.pretraining import (
@@ -142,6 +143,7 @@ __all__ = [
     "speculation_gain",
     "spike_watch",
     "step_parts",
+    "steps_measured",
     "strategy_loads",
     "sums_lost",
     "switches",

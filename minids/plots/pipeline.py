@@ -174,7 +174,7 @@ def formula_limits(panels: Mapping[str, tuple[Sequence[float], Mapping[str, Sequ
 
 
 @styled
-def side_by_side(timelines: Sequence[Timeline], titles: Sequence[str]) -> Figure:
+def side_by_side(timelines: Sequence[Timeline], titles: Sequence[str], unit: str = "time (F = 1)") -> Figure:
     """Some schedules below each other on one time axis, without legends."""
     longest = max(float(timeline.makespan) for timeline in timelines)
     rows = [timeline.schedule.ranks for timeline in timelines]
@@ -185,5 +185,26 @@ def side_by_side(timelines: Sequence[Timeline], titles: Sequence[str]) -> Figure
         ax.set_title(title, fontsize=9, loc="left", pad=2)
         ax.set_xlim(0, longest)
         ax.grid(False)
-    axes[-1].set_xlabel("time (F = 1)")
+    axes[-1].set_xlabel(unit)
+    return fig
+
+
+# ---- measured --------------------------------------------------------------------------------------------------------
+
+
+@styled
+def steps_measured(steps: Mapping[str, tuple[float, float]]) -> Figure:
+    """A row a schedule, fastest on top: milliseconds of a step, (measured, simulated)."""
+    fig, ax = plt.subplots(figsize=(7.0, 0.3 * len(steps) + 1.0))
+    rows = sorted(steps, key=lambda name: steps[name][0])
+    for row, name in enumerate(rows):
+        measured, simulated = steps[name]
+        ax.plot((measured, simulated), (row, row), color=GREY, linewidth=1.2, zorder=1)
+        ax.scatter(measured, row, color=BLUE, s=36, zorder=3, label="measured" if row == 0 else None)
+        ax.scatter(simulated, row, facecolor="white", edgecolor=ORANGE, linewidth=1.6, s=36, zorder=2,
+                   label="simulated" if row == 0 else None)  # fmt: skip
+    ax.set(yticks=range(len(rows)), yticklabels=[TITLES[name] for name in rows], xlabel="ms a step", xlim=(0, None))
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.legend(fontsize=8, loc="lower left")
     return fig
