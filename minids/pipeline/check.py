@@ -9,6 +9,8 @@ For each schedule: a small model with every mechanism switched on is built in pi
 and backward. Rank 0 takes the same steps with the whole model, by minids.train.step. Compared are all gradients and losses,
 the loads of all experts, the weights and the balancing bias after the step, and the loss after it. Differences of gradients
 are relative to the largest gradient of the tensor.
+
+Kept: figures/bench/pipeline.json has NCCL on two H200s; pipeline_four_ranks.json beside it four ranks that shared one.
 """
 
 import argparse
