@@ -98,7 +98,7 @@ def test_a_row_that_fails_does_not_take_the_others(monkeypatch):
 
 
 def test_bad_groups(capsys):
-    with pytest.raises(ValueError, match="only: got nonsense, expected some of quantise"):
+    with pytest.raises(ValueError, match="only: got nonsense, expected some of training"):
         gpu.run(1, only=["nonsense"])
     for name in ("gpu", "router"):
         with pytest.raises(SystemExit):
