@@ -18,7 +18,9 @@ def test_rungs_of_quantisation_give_the_references_bits(kernel, rung):
     x = torch.where(x.abs() < 1e-30, 0.0, x)
     q, s = quantize(rung, x)
     expected_q, expected_s = reference(x)
-    assert error(q.float() * s.repeat_interleave(128, 1), x) < 0.04
+    codes = (q.view(torch.uint8).int() - expected_q.view(torch.uint8).int()).abs()
+    assert codes.max() <= 1 and (codes > 0).double().mean() < 0.01  # a fast division: the neighbour, seldom
+    assert torch.allclose(s, expected_s, rtol=1e-6, atol=0)
     if rung.name in EXACT or (kernel == "cpu" and rung.name != "times the reciprocal"):
         assert same_bits(q, expected_q) and same_bits(s, expected_s)
 
