@@ -31,8 +31,9 @@ def test_rungs_of_the_product_give_the_reference(kernel, rung):
     a, a_scale = quantize_tile(tame(m, k, kernel), column_major=True)
     b, b_scale = quantize_block(tame(n, k, kernel, seed=1))
     expected = gemm_fp8.reference(a, a_scale, b, b_scale)
-    bound = 2e-3 if kernel == "cuda" and "widened" in rung.name else 1e-6  # the tensor core reads FP32 with 10 bits
-    bound = max(bound, 1e-4) if kernel == "cuda" else bound  # and adds 128 products with 13
+    bound = 1e-6  # on a GPU the tensor core reads FP32 with 10 bits, and adds FP8 products with 13
+    if kernel == "cuda" and rung.name != "one number a program":
+        bound = 2e-3 if "widened" in rung.name else 1e-3
     assert error(product(rung, a, a_scale, b, b_scale, torch.float32), expected) < bound
 
 
