@@ -19,6 +19,8 @@ Layout: pages (P, S, C + R) contiguous; token j of row b is place j % S of page 
 Shapes: B rows, H heads, C latent, R rope, P pages, S slots a page.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -88,9 +90,9 @@ def reference(q: Tensor, pages: Tensor, table: Tensor, lengths: Tensor, rank: in
 # ---- Triton ----
 
 
-@jit(varying=("H", "table_stride"))
-def _attend(q_ptr, c_desc, r_desc, table_ptr, lengths_ptr, out_ptr, sums_ptr, H, table_stride, scale,
-            C: tl.constexpr, R: tl.constexpr, BH: tl.constexpr, SPLITS: tl.constexpr):
+@jit(varying=("H", "table_stride", "SPLITS"))
+def _attend(q_ptr, c_desc, r_desc, table_ptr, lengths_ptr, out_ptr, sums_ptr, H, table_stride, scale, SPLITS,
+            C: tl.constexpr, R: tl.constexpr, BH: tl.constexpr):
     """One program: BH heads of one row over its share of the pages. Scores are kept in powers of 2."""
     row, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
     head = tl.program_id(0) * BH + tl.arange(0, BH)
@@ -119,8 +121,7 @@ def _attend(q_ptr, c_desc, r_desc, table_ptr, lengths_ptr, out_ptr, sums_ptr, H,
     out = tl.where(total[:, None] > 0, out / total[:, None], 0.0)
     part = (row * SPLITS + split) * H + head
     tl.store(out_ptr + part[:, None] * C + tl.arange(0, C)[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
-    if SPLITS > 1:  # else nobody asks
-        tl.store(sums_ptr + part, tl.where(total > 0, largest + tl.log2(total), float("-inf")), mask=head < H)
+    tl.store(sums_ptr + part, tl.where(total > 0, largest + tl.log2(total), float("-inf")), mask=head < H)
 
 
 @jit(varying=("H", "SPLITS"))
@@ -142,6 +143,7 @@ def _join(parts_ptr, sums_ptr, out_ptr, H, SPLITS, C: tl.constexpr, POWER: tl.co
     tl.store(out_ptr + (row * H + head) * C + column, out.to(tl.bfloat16))
 
 
+@cache
 def splits_for(rows: int, heads: int, pages: int, processors: int) -> int:
     """Programs that a row's pages are divided among: the number whose waves end first. A multiprocessor holds one program,
     and starting and ending one takes about as long as START pages."""
@@ -188,7 +190,7 @@ def _attend_triton(
     (b, h, d), rank, latent = q.shape, out.shape[-1], pages.flatten(0, 1)
     _attend[(cdiv(h, HEADS), b, splits)](
         q, TensorDescriptor.from_tensor(latent, [64, rank]), TensorDescriptor.from_tensor(latent, [64, d - rank]), table,
-        lengths, out, sums, h, table.stride(0), scale, rank, d - rank, HEADS, splits, num_warps=8, num_stages=2,
+        lengths, out, sums, h, table.stride(0), scale, splits, rank, d - rank, HEADS, num_warps=8, num_stages=2,
     )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ HEADS, PAGE, HALF, ROPE = 64, 64, 256, 64
 
 
 @gluon.jit
-def _share(lengths_ptr, SPLITS: gl.constexpr):
+def _share(lengths_ptr, SPLITS):
     """This program's row, its tokens, and its first page and number of pages: at least one, which may count nothing."""
     row, split = gl.program_id(1), gl.program_id(2)
     length = gl.load(lengths_ptr + row)
@@ -66,7 +66,7 @@ def _prefetch(pages_ptr, page):
 
 @gluon.jit
 def _produce(q_desc, qr_desc, c_desc, r_desc, queries, pages, full, empty, pages_ptr, table_ptr, lengths_ptr, H,
-             table_stride, SPLITS: gl.constexpr, PREFETCH: gl.constexpr):
+             table_stride, SPLITS, PREFETCH: gl.constexpr):
     row, _, first, count = _share(lengths_ptr, SPLITS)
     q_left, q_right, q_rope, q_full = queries
     left, right, rope = pages
@@ -140,7 +140,7 @@ def _write(o, out_ptr, part, H, COLUMN: gl.constexpr):
 
 @gluon.jit
 def _scorer(queries, pages, full, empty, p_buffer, shrink_buffer, out_ptr, sums_ptr, lengths_ptr, H, scale,
-            SPLITS: gl.constexpr):
+            SPLITS):
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
@@ -190,7 +190,7 @@ def _scorer(queries, pages, full, empty, p_buffer, shrink_buffer, out_ptr, sums_
 
 @gluon.jit
 def _adder(queries, pages, full, empty, p_buffer, shrink_buffer, out_ptr, sums_ptr, lengths_ptr, H, scale,
-           SPLITS: gl.constexpr):
+           SPLITS):
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16])
     row, _, _, count = _share(lengths_ptr, SPLITS)
     _, right, _ = pages
@@ -212,9 +212,9 @@ def _adder(queries, pages, full, empty, p_buffer, shrink_buffer, out_ptr, sums_p
     _write(o, out_ptr, part, H, 256)
 
 
-@gluon.jit(do_not_specialize=["H", "table_stride"])
+@gluon.jit(do_not_specialize=["H", "table_stride", "SPLITS"])
 def _attend(q_desc, qr_desc, c_desc, r_desc, pages_ptr, table_ptr, lengths_ptr, out_ptr, sums_ptr, H, table_stride,
-            scale, SPLITS: gl.constexpr, PREFETCH: gl.constexpr):
+            scale, SPLITS, PREFETCH: gl.constexpr):
     q_left = gl.allocate_shared_memory(gl.bfloat16, [64, 256], q_desc.layout)
     q_right = gl.allocate_shared_memory(gl.bfloat16, [64, 256], q_desc.layout)
     q_rope = gl.allocate_shared_memory(gl.bfloat16, [64, 64], qr_desc.layout)
