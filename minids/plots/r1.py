@@ -90,7 +90,7 @@ def judged_run(runs: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
             ax.plot(range(1, len(values) + 1), values, color=colour, label=name, linewidth=2)
         ax.set(xlabel="step of RL on the judge", title=title, ylim=(0, 1.03))
     np.atleast_1d(axes)[0].set_ylabel("mean over answers (0 to 1)")
-    np.atleast_1d(axes)[0].legend(loc="center right")
+    fig.legend(*np.atleast_1d(axes)[0].get_legend_handles_labels(), ncols=3, loc="outside lower center")
     return fig
 
 
