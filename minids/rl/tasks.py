@@ -177,12 +177,17 @@ class Sums:
 
 @dataclass(frozen=True)
 class Programs:
-    """Find the rule behind three values: f(1)=5;f(2)=8;f(3)=11: asks for an expression in x, verified on other values."""
+    """Find the rule behind three values: f(1)=5;f(2)=8;f(3)=11: asks for an expression in x, verified on other values.
+
+    There are 900 rules. With a tenth of them the base learns the training rules by heart, and RL teaches
+    nothing that held-out rules show. As with sums, a third of the corpus is facts (differences), worked solutions stand
+    behind the header, and questions are mostly answered at once.
+    """
 
     sandbox: Any
     """A ``minids.rl.sandbox.Sandbox``."""
     levels: tuple[int, ...] = (1, 2)
-    """1: x+b or a*x; 2: a*x+b."""
+    """1: x+b; 2: a*x+b."""
     format_weight: float = 0.2
 
     def draw(self, random: Random, held_out: bool = False, levels: Sequence[int] | None = None) -> Problem:
@@ -190,10 +195,8 @@ class Programs:
 
         def make() -> tuple[Problem, str]:
             level = random.choice(levels or self.levels)
-            a, b = random.randint(2, 9), random.randint(1, 9)
-            if level == 1:
-                a, b = random.choice(((1, b), (a, 0)))
-            problem = self.problem(a, b, level)
+            a = 1 if level == 1 else random.randint(2, 9)
+            problem = self.problem(a, random.randint(0, 99), level)
             return problem, problem.prompt
 
         return draw_side(make, held_out)
@@ -214,12 +217,20 @@ class Programs:
         return {"accuracy": (program, 1.0), "format": (Format(), self.format_weight)}
 
     def document(self, random: Random) -> tuple[str, str]:
-        """A worked solution: the step between the values is a, and the first value less a is b."""
+        """The step between the values is a, and the first value less a is b: worked out, or the answer at once."""
+        if random.random() < 1 / 3:
+            left, right = random.randint(1, 108), random.randint(1, 9)
+            taken, rest = random.choice(((left, right), (right, left)))
+            return f"{left + right}-{taken}:", str(rest)
         problem = self.draw(random)
         first, second = (int(part.split("=")[1]) for part in problem.prompt[:-1].split(";")[:2])
-        a = second - first
-        chain = f"{second}-{first}={a};{first}-{a}={first - a}"
-        return (HEADER if random.random() < 0.75 else "") + problem.prompt, solution(chain, problem.answer)
+        a, worked = second - first, random.random() < 0.75
+        chain = f"{second}-{first}={a};{first}-{a}={first - a}" if worked or random.random() < 0.3 else ""
+        if random.random() < 0.5:
+            response = solution(chain, problem.answer)
+        else:
+            response = f"{chain};{problem.answer}" if chain else problem.answer
+        return (HEADER if worked else "") + problem.prompt, response
 
 
 @dataclass

@@ -117,6 +117,31 @@ def test_programs_are_verified_by_running_them():
         assert {a: total(rule, solution("", a))[1]["accuracy"] for a in answers} == answers
 
 
+def test_the_corpus_of_programs_is_right_and_holds_no_rule_of_the_test_side():
+    task, random, kinds, n = Programs(None), Random(6), Counter(), 6000
+    for _ in range(n):
+        given, follows = task.document(random)
+        steps = re.findall(r"(\d+)-(\d+)=(\d+)", follows)
+        assert all(int(a) - int(b) == int(c) for a, b, c in steps)
+        kinds["tags"] += follows.startswith("<think>")
+        if fact := re.fullmatch(r"(\d+)-(\d+):", given):
+            kinds["fact"] += 1
+            assert int(fact[1]) - int(fact[2]) == int(follows)
+            continue
+        assert not is_held_out(given.removeprefix("#"))
+        values = [int(part.split("=")[1]) for part in given.removesuffix(":").split(";")]
+        a, b = values[1] - values[0], 2 * values[0] - values[1]
+        rule = ("x" if a == 1 else f"{a}*x") + (f"+{b}" if b else "")
+        assert follows.removesuffix("</answer>").split("<answer>")[-1].split(";")[-1] == rule
+        assert len(steps) == (2 if given.startswith("#") else len(steps)) and len(steps) in (0, 2)
+        kinds["worked"] += given.startswith("#")
+        kinds["at once"] += not steps
+    shares = {"fact": 1 / 3, "tags": 1 / 3, "worked": 1 / 2, "at once": 2 / 3 * 0.25 * 0.7}
+    assert all(kinds[kind] / n == pytest.approx(share, abs=0.025) for kind, share in shares.items()), kinds
+    levels = {(task.draw(random, held_out=side).level, side) for side in (False, True) for _ in range(60)}
+    assert levels == {(1, False), (2, False), (1, True), (2, True)}
+
+
 def test_json_lines(tmp_path):
     path = tmp_path / "problems.jsonl"
     rows = [{"prompt": f"What is {i} + 1?", "answer": str(i + 1), "source": "made"} for i in range(100)]
