@@ -109,6 +109,8 @@ class Zero:
         self.ranks = ranks or Ranks()
         if config.questions % self.ranks.world:
             raise ValueError(f"questions = {config.questions}: must be a multiple of the {self.ranks.world} processes")
+        if config.mini_batches > (mine := config.questions * config.group // self.ranks.world):
+            raise ValueError(f"mini_batches = {config.mini_batches}: must be at most the answers of a process, {mine}")
         self.optimizer = Optimizer(model, OptimConfig(beta2=0.95, weight_decay=0.0, clip=config.clip_norm))
         self.total = Total(task.rewards())
         # All ranks draw the same questions and take their share; answers, and questions drawn anew, are each rank's own.
@@ -166,7 +168,7 @@ class Zero:
         ref_logp_BT = self.reference_scores(found)
         # Terms of the loss add up over micro-batches and ranks, means over ranks are taken later; the ratio has a maximum.
         sums, share = {"ratio_max": 0.0}, self.ranks.world / config.mini_batches
-        for part in order.chunk(config.mini_batches):
+        for part in order.tensor_split(config.mini_batches):
             over = self.denominators(found.mask_BT[part])
             loads = 0
             for rows in part.split(config.micro_batch):

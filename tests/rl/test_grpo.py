@@ -137,6 +137,17 @@ def test_advantages_are_centred_and_finite(rewards, std):
     assert ((found == 0).all(1) | informative(rewards_QG)).all()
 
 
+def test_sums_that_differ_by_rounding_are_equal_and_others_are_not():
+    """0.1 + 0.2 is not 0.3 in floating point: as an advantage that would be 1.73 against 0.58 three times."""
+    rewards = torch.tensor([[0.1 + 0.2, 0.3, 0.3, 0.3], [0.3, 0.3 + 1e-9, 0.3, 0.3], [0.0, 1e-30, 0.0, 0.0]],
+                           dtype=torch.float64)  # fmt: skip
+    assert rewards[0, 0] != rewards[0, 1]
+    assert informative(rewards).tolist() == [False, True, True]
+    advantages = group_advantages(rewards)
+    assert (advantages[0] == 0).all()
+    assert advantages[1].tolist() == pytest.approx([-(3**-0.5), 3**0.5, -(3**-0.5), -(3**-0.5)], rel=1e-5)
+
+
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 1e7 + 0.7, 0.0])
 @pytest.mark.parametrize("std", ["population", "sample", None])
 def test_equal_rewards_give_exactly_nothing(value, std):

@@ -226,6 +226,9 @@ def test_questions_must_divide_among_ranks():
     with pytest.raises(ValueError, match="questions = 3: must be a multiple of the 2"):
         Zero(new_policy(tiny_config(character_tokenizer()), 0), character_tokenizer(), Sums(), ZeroConfig(questions=3),
              ranks=Ranks(0, 2))
+    with pytest.raises(ValueError, match="mini_batches = 5: must be at most the answers of a process, 4"):
+        Zero(new_policy(tiny_config(character_tokenizer()), 0), character_tokenizer(), Sums(),
+             ZeroConfig(questions=2, group=4, mini_batches=5), ranks=Ranks(0, 2))
 
 
 def test_run_from_python(tmp_path):

@@ -75,6 +75,17 @@ def test_first_mini_batch_is_on_policy_and_the_next_are_not(trained):
         replace(SMALL, mini_batches=13)
 
 
+@pytest.mark.parametrize("mini_batches", [3, 5, 12])
+def test_a_rollout_makes_as_many_updates_as_asked_and_uses_each_answer_once(trained, mini_batches):
+    """12 answers in 5 parts: of sizes 3, 3, 2, 2, 2, where ``chunk`` would make four parts."""
+    zero, moved, seen = Zero(copy.deepcopy(trained), TOKENIZER, Digits(), replace(SMALL, mini_batches=mini_batches)), [], []
+    step, count = zero.optimizer.step, zero.denominators
+    zero.optimizer.step = lambda lr: moved.append(lr) or step(lr)
+    zero.denominators = lambda mask_BT: seen.append(len(mask_BT)) or count(mask_BT)
+    zero.step()
+    assert len(moved) == len(seen) == mini_batches and sum(seen) == 12 and max(seen) - min(seen) <= 1
+
+
 def test_micro_batches_do_not_change_the_update(trained):
     models = []
     for micro in (12, 5):
