@@ -248,8 +248,9 @@ def table(result: dict) -> str:
         cells = [name, str(len(run["losses"])), f"{run['steps_per_second']:.3f}" if run["finished"] else "unfinished",
                  f"{run['valid']:.4f}" if run["finished"] else "-"]  # fmt: skip
         if found:
-            held_out = [100 * d for step, d in found["valid"] if step == len(run["losses"])]
-            cells += [f"{held_out[-1]:+.3f}" if held_out else "-", f"{100 * found['largest']:.3f}",
+            base = result["variants"][BASE]
+            both = run["finished"] and base["finished"] and len(run["losses"]) == len(base["losses"])
+            cells += [f"{100 * (run['valid'] / base['valid'] - 1):+.3f}" if both else "-", f"{100 * found['largest']:.3f}",
                       f"{100 * found['mean']:+.3f}", f"{100 * found['last']:+.3f}",
                       "yes" if found["largest"] < CLAIM else "no"]  # fmt: skip
         lines.append("| " + " | ".join(cells + ["-"] * (9 - len(cells))) + " |")
