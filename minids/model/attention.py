@@ -156,7 +156,7 @@ class MLA(nn.Module):
         q = self.query_heads(low_BTq)
         c, k_rope = self.latent(joint_BTc)
         kv = self.kv_b_proj(c).unflatten(-1, (cfg.num_attention_heads, -1))
-        q, k, v = kernels.rope_heads(q, kv, k_rope.to(q.dtype), rope)
+        q, k, v = kernels.rope_heads(q, kv, k_rope.to(q.dtype), rope.contiguous())  # MTP's is a part of the main model's
         return self.attend(q, k, v, mask)
 
     def up_weights(self) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import torch
 
 from minids.bench import __main__ as command
 from minids.bench import gpu, gpu_report, gpu_training
+from minids.fp8 import to_fp8
 
 SMALL = dict(
     vocab_size=512, hidden_size=256, num_hidden_layers=3, intermediate_size=256, moe_intermediate_size=128,
@@ -31,13 +32,15 @@ def test_training_step_beside_transformers(fp8):
     json.dumps(row)
 
 
-def test_another_model_is_not_timed():
+@pytest.mark.parametrize("fp8", [False, True])
+def test_another_model_is_not_timed(fp8):
     pytest.importorskip("transformers")
     model, twin = gpu_training.pair(gpu_training.config(**SMALL), "cpu")
     with torch.no_grad():
         twin.model.layers[1].mlp.experts.down_proj[3].neg_()
+    model = to_fp8(model.float(), "v3") if fp8 else model
     with pytest.raises(RuntimeError, match="not the same step, nothing timed"):
-        gpu_training.check_equal(model, twin, torch.randint(0, 512, (2, 129)), False)
+        gpu_training.check_equal(model, twin, torch.randint(0, 512, (2, 129)), fp8)
 
 
 def row(operation, shape, ours, unit="TFLOP/s", **peers):

@@ -13,8 +13,10 @@ from minids.model.attention import MLA
 from minids.model.cache import LatentCache
 from minids.model.transformer import Transformer
 
+# Without experts: a token whose router chooses another one by rounding differs by a whole standard deviation of the logits
+# (1.2 in the median where BF16 flips a choice, 0.06 where it does not), which would hide what attention rounds.
 CFG = ModelConfig.preset("toy").replace(
-    num_hidden_layers=2, first_k_dense_replace=1, num_nextn_predict_layers=0, kv_lora_rank=32, qk_rope_head_dim=16,
+    num_hidden_layers=2, first_k_dense_replace=2, num_nextn_predict_layers=0, kv_lora_rank=32, qk_rope_head_dim=16,
     num_attention_heads=4, initializer_range=0.2,
 )  # fmt: skip
 LENGTHS = [70, 1, 128]  # tokens before
@@ -97,6 +99,6 @@ def test_texts_on_cuda(seen):
                 rounded = model.to("cuda", torch.bfloat16)(row.cuda()).logits[0, len(prompt) - 1 : -1].float().cpu()
                 exact = model.to("cpu", torch.float32)(row).logits[0, len(prompt) - 1 : -1]
             margin = 2 * (rounded - exact).abs().max()
-            assert margin < exact.std() / 2
+            assert margin < exact.std() / 2  # 0.14 to 0.18 on the CPU
             chosen = exact.gather(1, row[0, len(prompt) :, None])[:, 0]
             assert (exact.amax(1) - chosen <= margin).all()

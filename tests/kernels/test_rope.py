@@ -6,6 +6,7 @@ from numbers_ import error
 
 from minids.config import ModelConfig
 from minids.kernels import rope
+from minids.model.attention import MLA
 from minids.model.rope import apply_rope, rope_table
 
 
@@ -53,6 +54,21 @@ def test_rows_with_positions_of_their_own_in_bf16(where):
         made = rope.rope_heads(q, kv, joint[..., -8:], table, backend=backend)
     for a, b in zip(made, joined(q, kv, joint[..., -8:], table), strict=True):
         assert torch.equal(a, b)  # FP32 inside, rounded once
+
+
+@torch.no_grad()
+def test_a_part_of_a_longer_table(kernel, monkeypatch):
+    """Rows with positions of their own and a text one token shorter, as MTP reads them: the table is not contiguous."""
+    torch.manual_seed(0)
+    cfg = ModelConfig.preset("toy")
+    mla = MLA(cfg).to(kernel)
+    table = rope_table(cfg, torch.stack([torch.arange(9), torch.arange(9) % 5])).to(kernel)[:, :8]
+    x = torch.randn(2, 8, cfg.hidden_size, device=kernel)
+    outs = []
+    for name in ("torch", "triton"):
+        monkeypatch.setenv("MINIDS_KERNELS", name)
+        outs.append(mla(x, table, None))
+    assert not table.is_contiguous() and error(outs[1], outs[0].double()) < 1e-5
 
 
 def test_bad_input():
