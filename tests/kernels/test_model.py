@@ -25,16 +25,17 @@ def tiny(device, layers=2, **changes) -> Transformer:
     return Transformer(cfg).to(device).train()
 
 
-def step(model, backend, monkeypatch, dtype=None) -> dict[str, torch.Tensor]:
-    """Loss and gradients of one batch, by kernels or by torch."""
+def step(model, backend, monkeypatch, dtype=None, documents=False) -> dict[str, torch.Tensor]:
+    """Loss and gradients of one batch, by kernels or by torch; ``documents``: packed rows, whose positions begin anew."""
     monkeypatch.setenv("MINIDS_KERNELS", backend)
     device = model.lm_head.weight.device
     tokens = torch.randint(0, 96, (2, 13), generator=torch.Generator().manual_seed(1)).to(device)
+    ids = torch.arange(12, device=device).ge(torch.tensor([[5], [8]], device=device)).long() if documents else None
     model.zero_grad()
     with torch.autocast(device.type, dtype or BF16, enabled=dtype is not None):
-        out = model(tokens[:, :-1], labels=tokens[:, 1:])
+        out = model(tokens[:, :-1], labels=tokens[:, 1:], document_ids=ids)
     aux = sum((routing.scores * routing.scores.detach()).mean() for routing in out.routing)
-    (out.loss + aux).backward()
+    (out.loss + out.mtp_loss + aux).backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return found | {"loss": out.loss.detach(), "loads": out.loads()}
 
@@ -135,10 +136,11 @@ def test_plan_is_the_models(kernel, monkeypatch, multiple):
     assert (plan.choice_M[end:] == 120).all() and (plan.token_M[end:] == 39).all()
 
 
-def test_a_step_in_float32(kernel, monkeypatch):
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_step_in_float32(kernel, monkeypatch, documents):
     """Every gradient of the model, whichever way it is computed; FP32 sums in another order."""
     model = tiny(kernel)
-    made, expected = (step(model, backend, monkeypatch) for backend in ("triton", "torch"))
+    made, expected = (step(model, backend, monkeypatch, documents=documents) for backend in ("triton", "torch"))
     assert torch.equal(made.pop("loads"), expected.pop("loads"))
     assert made.keys() == expected.keys() and len(made) > 20
     for name, value in expected.items():
