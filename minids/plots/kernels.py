@@ -88,7 +88,7 @@ def ladder_bars(rates: Mapping[str, float], unit: str, peers: Sequence[str] = ()
         ax.text(rate, row, f" {digits}  {(notes or {}).get(name, '')}", va="center", color=INK, fontsize=8.5)
     if limit:
         ax.axvline(limit[1], color=RED, linewidth=1.2, linestyle="--")
-        ax.text(limit[1], -0.75, limit[0], color=RED, ha="center", fontsize=8.5)
+        ax.text(limit[1], -0.65, f"  {limit[0]}", color=RED, fontsize=8.5)
     ax.set_yticks(range(len(rates)), list(rates))
     top = max([*rates.values(), limit[1] if limit else 0])
     ax.set(xlabel=unit, ylim=(len(rates) - 0.4, -1.0 if limit else -0.6), xlim=(0, top * 1.24))
