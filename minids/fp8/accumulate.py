@@ -37,7 +37,7 @@ E4M3 numbers from 0 to 1, in the mean,
     shared_alignment=False              0.035%   0.068%   0.133%   0.265%    0.011%
 
 so it is the second that Hopper does. For normal matrices, whose sums change sign, the two differ little: at K = 4096 the
-largest error is 1.3% and 1.7% of the root mean square result, and V3's "nearly 2%" tells them not apart.
+largest error is 1.4 to 1.5% and 1.4 to 1.9% of the root mean square result, and V3's "nearly 2%" fits both.
 
 Shapes: M rows, N columns, K summed; k = K / promote_every scales along K.
 """
