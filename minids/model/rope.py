@@ -43,18 +43,17 @@ def yarn_ramp(cfg: ModelConfig) -> Tensor:
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
         high += 0.001  # a ramp of no width is a step
-    return ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    return ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
 
 
 def rope_frequencies(cfg: ModelConfig) -> Tensor:
     """theta_j in radians a token, YaRN applied. Shape (R/2,), float32, on the CPU."""
-    with torch.device("cpu"):
-        pairs = torch.arange(0, cfg.qk_rope_head_dim, 2, dtype=torch.float32) / cfg.qk_rope_head_dim
-        theta = 1.0 / cfg.rope_theta**pairs
-        if cfg.rope_scaling is None:
-            return theta
-        ramp = yarn_ramp(cfg)
-        return theta / cfg.rope_scaling["factor"] * ramp + theta * (1 - ramp)
+    pairs = torch.arange(0, cfg.qk_rope_head_dim, 2, dtype=torch.float32, device="cpu") / cfg.qk_rope_head_dim
+    theta = 1.0 / cfg.rope_theta**pairs
+    if cfg.rope_scaling is None:
+        return theta
+    ramp = yarn_ramp(cfg)
+    return theta / cfg.rope_scaling["factor"] * ramp + theta * (1 - ramp)
 
 
 def frequencies_on(cfg: ModelConfig, device: torch.device) -> Tensor:
