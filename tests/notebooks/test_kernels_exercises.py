@@ -105,7 +105,7 @@ def transposed(x_ptr, qs_ptr, M, K, BLOCK: tl.constexpr, WRONG: tl.constexpr = "
     row = qs_ptr + k * (M + M // 128)
     tl.store(row[None, :] + m[:, None], q)
     if WRONG != "no scales":
-        tl.store(row + M + tl.program_id(0), s)
+        tl.store(row + M + tl.program_id(0), s * 1.06 if WRONG == "scales" else s)
 
 
 # ---- 4, an order -----------------------------------------------------------------------------------------------------
@@ -162,6 +162,7 @@ def test_wrong_tails_are_named(lesson, wrong, hint):
 @pytest.mark.parametrize("wrong, hint", [
     ("block", "one scale for a block"), ("rows", "one scale a token"), ("times", "divide by the scale"),
     ("zero", "0 / 0"), ("twice", "read each number once"), ("no scales", "parts were not written"),
+    ("scales", "not equal"),
 ])  # fmt: skip
 def test_wrong_transposed_passes_are_named(lesson, wrong, hint):
     lesson.refuses("3", With(transposed, WRONG=wrong), hint)
