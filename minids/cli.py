@@ -16,6 +16,7 @@ COMMANDS = {
     "r1": ("minids.rl.stages_run", "R1RunConfig", "run_r1", "the four stages of R1, from a base model to a reasoner"),
     "distill": ("minids.rl.stages_run", "DistillRunConfig", "run_distill", "a small model learns from a reasoner"),
     "schedule": ("minids.pipeline.command", "ScheduleConfig", "run_schedule", "draw and time a pipeline schedule"),
+    "classroom": ("minids.classroom.course", "ClassroomConfig", "run_classroom", "write the exercises for nbgrader"),
 }
 POSITIONAL = {"count", "schedule"}  # their required settings are given without a flag: count v3, schedule dualpipe
 
