@@ -27,7 +27,7 @@ from minids.train.recipe import Recipe
 # A resumed run may change these: they leave the sequence of weights and losses as it is (a pipeline: but for the order of
 # sums).
 FREE_ON_RESUME = {"resume", "overwrite", "out", "name", "keep", "save_every", "prompts", "sample_tokens", "pipeline",
-                  "pipeline_layers", "pipeline_chunks", "cuda_graph"}
+                  "pipeline_layers", "pipeline_chunks", "cuda_graph", "expert_parallel", "expert_dispatch"}
 @dataclass
 class RecipeConfig:
     """V3's schedule on a budget of `tokens`; see minids.train.recipe."""
@@ -100,6 +100,13 @@ class TrainConfig:
     """Layers of each pipeline stage, where they do not divide equally: --pipeline-layers 4 5 5 3."""
     pipeline_chunks: int | None = None
     """Stages a rank, for interleaved_1f1b alone (default 2)."""
+    expert_parallel: int | None = None
+    """Train over the processes of torchrun as data ranks, each layer's experts spread over groups of so many, optimizer
+    state over all; see minids.parallel.train. micro_batch is then a rank's."""
+    expert_dispatch: Literal["two_hop", "once", "flat"] = "two_hop"
+    """A token's rows: one a node and then one a GPU, one a GPU, or one a choice; see minids.parallel.dispatch."""
+    expert_wire: Literal["exact", "v3"] = "exact"
+    """Rows on their way: as they are, or V3's FP8 there and BF16 back."""
     eval_every: int = 50
     """Steps between validation losses; 0 for none."""
     eval_rows: int = 32
@@ -144,6 +151,8 @@ class TrainConfig:
             raise ValueError("pipeline_layers and pipeline_chunks need --pipeline NAME")
         if self.pipeline is not None and self.pipeline not in NAMES:
             raise ValueError(f"pipeline = {self.pipeline!r}: must be one of {', '.join(NAMES)}")
+        if self.expert_parallel is not None or (self.expert_dispatch, self.expert_wire) != ("two_hop", "exact"):
+            self._check_experts()
         self.recipe.build()
         parse_all(self.balance, self.model_config())
 
@@ -156,6 +165,19 @@ class TrainConfig:
             raise ValueError(f"device = {self.device!r}: this machine has {torch.cuda.device_count()} CUDA devices")
         if device.type not in ("cpu", "cuda"):
             raise ValueError(f"device = {self.device!r}: must be cpu, cuda or cuda:N")
+
+    def _check_experts(self) -> None:
+        if self.expert_parallel is None:
+            raise ValueError("expert_dispatch and expert_wire need --expert-parallel EP")
+        if self.expert_parallel < 1:
+            raise ValueError(f"expert_parallel = {self.expert_parallel}: must be at least 1")
+        for name, allowed in (("expert_dispatch", ("two_hop", "once", "flat")), ("expert_wire", ("exact", "v3"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: must be one of {', '.join(allowed)}")
+        for name in ("pipeline", "cuda_graph"):
+            if getattr(self, name):
+                raise ValueError(f"expert_parallel = {self.expert_parallel} with {name} = {getattr(self, name)!r}: must be "
+                                 "one of the two")
 
     def _check_graph(self) -> None:
         if torch.device(self.device).type != "cuda":

@@ -309,6 +309,10 @@ def train(config: TrainConfig) -> dict:
         from minids.pipeline.train import train_pipeline  # one process of many; it uses this module
 
         return train_pipeline(config)
+    if config.expert_parallel is not None:
+        from minids.parallel.train import train_expert_parallel  # likewise
+
+        return train_expert_parallel(config)
     trainer = Trainer.start(config)
     out, progress = config.folder, trainer.progress
     counts = trainer.model.cfg.count()

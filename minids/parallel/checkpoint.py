@@ -1,0 +1,105 @@
+"""A published checkpoint read by many ranks: each takes its own experts and nobody the whole [V3 section 3.2].
+
+The problem: of V3's 689 GB a rank of 64 needs 30: its 4 experts a layer, and what is everywhere the same. A safetensors
+file tells where each tensor lies without being read, and the experts are tensors of their own (``experts.E.up_proj``), so a
+rank reads just those that it keeps, straight into the rows of its stacked tensors.
+
+Saving goes the other way: `ExpertParallel.gather_model` puts the model together on rank 0, and minids/checkpoint.py writes
+it. So nothing in a checkpoint tells on how many ranks it was made, and it can be read on any number.
+
+Simplification: rank 0 holds the whole model in host memory while it saves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from minids import checkpoint
+from minids.config import ModelConfig
+from minids.fp8.quantize import dequantize
+from minids.model.transformer import Transformer
+from minids.parallel.dispatch import Wire
+from minids.parallel.experts import is_expert, shard_experts
+from minids.parallel.mesh import Mesh
+from minids.pipeline.stages import model_on_meta
+from minids.published import Entry, entries_of
+from minids.shards import CONFIG, Header, open_shard, read_headers
+from minids.train.optim import Optimizer
+
+KINDS = ("step", "exp_avg", "exp_avg_sq", "master")
+
+
+def own_entries(entries: list[Entry], held: range) -> list[Entry]:
+    """The entries whose tensors a rank with the experts ``held`` keeps, placed in its shorter stacks."""
+    found = []
+    for entry in entries:
+        if not is_expert(entry.source):
+            found.append(entry)
+        elif entry.part[0] in held:
+            found.append(replace(entry, part=(entry.part[0] - held.start, *entry.part[1:])))
+    return found
+
+
+def load(folder: str | Path, mesh: Mesh, dispatch: str = "two_hop", wire: Wire | None = None,
+         dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Transformer:  # fmt: skip
+    """Reads this rank's part of a checkpoint folder, published or saved by `minids.checkpoint.save`, into a new sharded
+    model. Arguments as in `shard_experts` and `minids.checkpoint.load`; MTP modules as the config says, whose stored copies
+    of embedding and head are not compared.
+
+    Raises CheckpointError as there: for tensors missing or wrong anywhere in the folder, this rank's or not.
+    """
+    folder = Path(folder)
+    cfg = ModelConfig.from_json(folder / CONFIG)
+    stored = read_headers(folder)
+    fp8 = checkpoint._check_quantization(folder, cfg.quantization_config)
+    cfg, stored = checkpoint._choose_mtp(folder, cfg, stored, "auto")
+    model = model_on_meta(cfg, dtype or checkpoint._stored_dtype(stored))
+    wanted = checkpoint._check_tensors(folder, entries_of(model, fp8, torch.bfloat16), stored, cfg)
+    shard_experts(model, mesh, dispatch, wire)
+    model.to_empty(device=device or torch.get_default_device())
+    if cfg.tie_word_embeddings:  # storage given out parameter by parameter has parted them
+        model.lm_head.weight = model.model.embed_tokens.weight
+    fill(model, folder, own_entries(wanted, mesh.experts(cfg.n_routed_experts)), stored)
+    return model
+
+
+@torch.no_grad()
+def fill(model: Transformer, folder: Path, entries: list[Entry], stored: dict[str, Header]) -> int:
+    """Copies the tensors of ``entries`` into the model, FP8 ones dequantised; returns the bytes read."""
+    state, read = model.state_dict(), 0
+    for file in sorted({stored[entry.name].file for entry in entries}):
+        with open_shard(folder / file) as shard:
+            for entry in entries:
+                if stored[entry.name].file != file or entry.is_scale or entry.is_copy:
+                    continue
+                target, value = state[entry.source][entry.part], shard.get_tensor(entry.name)
+                read += value.nbytes
+                if value.dtype == torch.float8_e4m3fn:
+                    value = _dequantized(value, f"{entry.name}_scale_inv", folder, stored, target)
+                target.copy_(value)
+    return read
+
+
+def _dequantized(value: Tensor, scale: str, folder: Path, stored: dict[str, Header], target: Tensor) -> Tensor:
+    with open_shard(folder / stored[scale].file) as shard:  # it may lie in another file than its weight
+        scale_inv = shard.get_tensor(scale)
+    return dequantize(value.to(target.device), scale_inv.to(target.device), dtype=target.dtype)
+
+
+def load_moments(optimizer: Optimizer, folder: Path, values: dict, held: range) -> None:
+    """Takes over the optimizer's state from a run's checkpoint, experts' tensors cut to ``held`` while they are read.
+    ``values``: trainer.json's "optimizer"."""
+    tensors = {}
+    with safe_open(folder / "trainer.safetensors", "pt") as file:
+        there = {key.removeprefix("optimizer/") for key in file.keys() if key.startswith("optimizer/")}
+        for key in sorted(there & {f"{kind}/{name}" for kind in KINDS for name in optimizer.params}):
+            if is_expert(key) and not key.startswith("step/"):
+                tensors[key] = file.get_slice(f"optimizer/{key}")[held.start : held.stop]
+            else:
+                tensors[key] = file.get_tensor(f"optimizer/{key}")
+    optimizer.load_state(tensors, values)
