@@ -28,9 +28,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from minids.parallel.eplb import check_positive
-from minids.parallel.peers import Peers, ProcessPeers, run_threads
+from minids.parallel.peers import Meeting, Peers, ProcessPeers, ThreadPeers, run_threads
 
 DIMENSIONS = ("pp", "replica", "node", "gpu")
+GROUPS = ("node", "gpu", "ep", "replica", "data")
 
 
 class Coordinates(NamedTuple):
@@ -157,6 +158,11 @@ class Mesh:
         peers = {name: ProcessPeers(group, layout.per_node(name)) for name, group in groups.items()}
         return cls(layout, dist.get_rank(), peers, mesh)
 
+    @classmethod
+    def alone(cls) -> "Mesh":
+        """One rank that holds everything, without a process group: the same code, and nothing travels."""
+        return cls(Layout(1), 0, {name: ThreadPeers(Meeting(1), 0) for name in GROUPS})
+
     def experts(self, n_experts: int) -> range:
         """The experts of each layer that this rank holds."""
         return self.layout.experts(self.rank, n_experts)
@@ -167,7 +173,6 @@ def run_on_threads(layout: Layout, function: Callable[[Mesh], object]) -> list:
 
     def run(rank: int, join: Callable[[Sequence[int], int], Peers]) -> object:
         groups = layout.members(rank)
-        names = ("node", "gpu", "ep", "replica", "data")
-        return function(Mesh(layout, rank, {name: join(groups[name], layout.per_node(name)) for name in names}))
+        return function(Mesh(layout, rank, {name: join(groups[name], layout.per_node(name)) for name in GROUPS}))
 
     return run_threads(layout.world, run)

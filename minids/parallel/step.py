@@ -161,6 +161,13 @@ class ExpertParallel:
                 found[name] = mine.to("cpu", copy=True)
         return found if self.rank == 0 else None
 
+    def gather_gradients(self) -> dict[str, Tensor] | None:
+        """On rank 0 the gradient of every parameter, summed over ranks; None elsewhere. All ranks call it, before the step;
+        the optimizers keep what they have."""
+        summed = {name: self.mesh.peers["replica" if is_expert(name) else "data"].all_reduce(
+            self.optimizer.own_gradient(name).clone()) for name in self.optimizer.params}  # fmt: skip
+        return self.gather(summed, summed)
+
     def gather_model(self) -> Transformer | None:
         """On rank 0 the whole model, on the CPU, which `minids.checkpoint.save` writes; None elsewhere. All call it."""
         whole = model_on_meta(self.cfg, self.dtype)

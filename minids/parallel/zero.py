@@ -42,6 +42,11 @@ class RankOptimizer(Optimizer):
         super().__init__(model, config, layers)
         self.mesh = mesh
 
+    def own_gradient(self, name: str) -> Tensor:
+        """What backward has left on this rank, before any sum over ranks."""
+        master = self.masters[name]
+        return torch.zeros_like(master) if master.grad is None else master.grad
+
     def step(self, lr: float, apply: bool = True) -> bool:
         """As `Optimizer.step`; all ranks call it together, and all move or none."""
         sum_gradients(self.masters.items(), self.mesh)
@@ -128,11 +133,12 @@ class ZeroOptimizer(Optimizer):
     def step(self, lr: float, apply: bool = True) -> bool:
         """As `Optimizer.step`, on the slices."""
         for bucket in self.buckets:
-            gradients = [self._gradient(name) for name in bucket.names]
+            gradients = [self.own_gradient(name) for name in bucket.names]
             bucket.piece.grad = bucket.peers.reduce_scatter(bucket.flatten(gradients))
         return super().step(lr, apply)
 
-    def _gradient(self, name: str) -> Tensor:
+    def own_gradient(self, name: str) -> Tensor:
+        """What backward has left on this rank, before any sum over ranks."""
         p = self.params[name]
         found = p.grad if p.dtype in FULL else self.sums.get(name)
         return found if found is not None else torch.zeros_like(p, dtype=p.dtype if p.dtype in FULL else torch.float32)
