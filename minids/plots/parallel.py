@@ -152,7 +152,7 @@ def wire_timelines(strips: Mapping[str, Sequence[tuple[str, str, str, float, flo
             y = lanes[title].index(lane)
             ax.add_patch(Rectangle((start, y + 0.07), end - start, 0.86, facecolor=FILLS[fill], edgecolor="white",
                                    linewidth=0.8))  # fmt: skip
-            if (end - start) / last > 0.011 * len(label):
+            if (end - start) / last > 0.0075 * len(label):
                 dark = fill in ("compute 2", "send 2")
                 ax.text((start + end) / 2, y + 0.5, label, ha="center", va="center", fontsize=7,
                         color="white" if dark else INK)  # fmt: skip
