@@ -5,6 +5,7 @@
     code                   read-only: restored when it is graded                  no      no      yes
     an exercise's stub     answer: the student's, with a region for the teacher's no      yes     no
     its check              test: points, between ``listen`` and ``settle``        yes     no      yes
+    (if asked for)         an answer in words, after a research exercise        yes     yes     no
 
 A stub is the function that the next check calls and that only returns None; where a broken one is to be repaired
 (notebook 06), the last function before the check. What else stands in its cell goes into a read-only cell of its own, so
@@ -102,10 +103,9 @@ def find_stub(cells: list[dict], start: int, check: int, where: str) -> tuple[in
 
 
 def is_empty(function: ast.FunctionDef) -> bool:
-    """Whether a function does nothing but return None or NotImplemented."""
-    *_, last = body = function.body
-    return len(body) == 1 and isinstance(last, ast.Return) and ast.unparse(last) in (
-        "return", "return None", "return NotImplemented")
+    """Whether a function does nothing but return None or NotImplemented; it may say what it is for."""
+    body = function.body[ast.get_docstring(function) is not None :]
+    return [ast.unparse(line) for line in body] in (["return None"], ["return NotImplemented"])
 
 
 def split(source: str, name: str) -> tuple[str, str, str]:
@@ -133,6 +133,14 @@ def moved(source: str) -> str:
     return NEIGHBOUR.sub(r"](../\1/\1.ipynb)", FIGURES.sub(r'"\1"', HOME_ONLY.sub("", source)))
 
 
+def words(cell_id: str, number: int, points: int) -> dict:
+    """A cell for an answer in words, which a teacher reads; nbgrader puts its own text there until a student writes."""
+    graded = {"cell_type": "markdown", "grade": True, "grade_id": cell_id, "locked": False, "points": points,
+              "schema_version": 3, "solution": True, "task": False}  # fmt: skip
+    return {"cell_type": "markdown", "id": cell_id, "metadata": {"deletable": False, "nbgrader": graded},
+            "source": [f"What you expect of an answer to the questions of exercise {number}."]}  # fmt: skip
+
+
 def answer_cells(cell: dict, name: str, solution: str | None) -> list[dict]:
     """The student's cell, with read-only ones for what else is in the lesson's."""
     before, stub, after = split(text(cell), name)
@@ -148,7 +156,7 @@ def test_cell(cell: dict, number: int, points: int) -> dict:
                 f"settle({number})  # fails unless the line above says: correct", points)  # fmt: skip
 
 
-def convert(name: str, lesson: dict, points: int, seconds: int, solved: dict | None = None) -> Assignment:
+def convert(name: str, lesson: dict, points: int, seconds: int, written: int = 0, solved: dict | None = None) -> Assignment:
     """A lesson as an assignment.
 
     Args:
@@ -156,6 +164,7 @@ def convert(name: str, lesson: dict, points: int, seconds: int, solved: dict | N
         lesson: the notebook, nbformat 4.5. It is not changed.
         points: of an easy exercise; others have ``LEVELS`` times as many.
         seconds: a cell's time limit, for the students to know.
+        written: points for an answer in words to each research exercise's questions; 0 leaves it out.
         solved: the same notebook with some answers in place of stubs; they go where students do not see them.
 
     Raises:
@@ -164,9 +173,7 @@ def convert(name: str, lesson: dict, points: int, seconds: int, solved: dict | N
     cells = lesson["cells"]
     exercises = find_exercises(cells, name)
     stubs, checks = {e.stub: e for e in exercises}, {e.check: e for e in exercises}
-    value = {e.number: points * LEVELS[e.level] for e in exercises}
-    listed = ", ".join(f"exercise {n}: {p}" for n, p in value.items())
-    about = ABOUT.format(points=listed, seconds=seconds)
+    about = ABOUT.format(points=worth(exercises, points, written), seconds=seconds)
     out = [{"cell_type": "markdown", "id": "about-this-assignment", "metadata": {}, "source": about.splitlines(True)}]
     for i, cell in enumerate(cells):
         if cell["cell_type"] != "code":
@@ -174,11 +181,22 @@ def convert(name: str, lesson: dict, points: int, seconds: int, solved: dict | N
         elif i in stubs:
             out += answer_cells(cell, stubs[i].name, solution_of(solved, cell, name))
         elif i in checks:
-            out.append(test_cell(cell, checks[i].number, value[checks[i].number]))
+            number, level = checks[i].number, checks[i].level
+            out.append(test_cell(cell, number, points * LEVELS[level]))
+            if written and level == "research":
+                out.append(words(f"{cell['id']}-words", number, written))
         else:
             out.append(code(cell["id"], moved(text(cell)), tags=cell["metadata"].get("tags", ())))
     data = {path for cell in cells if cell["cell_type"] == "code" for path in FIGURES.findall(text(cell))}
     return Assignment(name, {**lesson, "cells": out}, exercises, sorted(data))
+
+
+def worth(exercises: list[Exercise], points: int, written: int = 0) -> str:
+    """All points in words: exercise 1: 10, exercise 2: 20 (70 in all)."""
+    value = {f"exercise {e.number}": points * LEVELS[e.level] for e in exercises}
+    if written:
+        value |= {f"exercise {e.number} in words": written for e in exercises if e.level == "research"}
+    return ", ".join(f"{name}: {p}" for name, p in value.items()) + f" ({sum(value.values())} in all)"
 
 
 def solution_of(solved: dict | None, stub: dict, name: str) -> str | None:

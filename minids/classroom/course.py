@@ -23,7 +23,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from minids.classroom.assignment import LEVELS, Assignment, convert, files_below
+from minids.classroom.assignment import Assignment, convert, files_below, worth
 from minids.folder import replace_folder
 
 LESSONS = Path(__file__).parents[2] / "notebooks"
@@ -38,6 +38,7 @@ c = get_config()  # noqa: F821  nbgrader gives it
 c.CourseDirectory.course_id = "minids"
 c.CourseDirectory.root = os.path.dirname(os.path.abspath(__file__))
 c.ClearSolutions.code_stub = {{"python": ""}}  # stubs are in the cells already
+c.ClearSolutions.text_stub = "*Your answer to the questions, in words.*"
 c.LockCells.lock_readonly_cells = False  # students may try things in the lesson; grading puts its cells back
 c.Execute.timeout = {SECONDS}  # seconds a cell; nbgrader's 30 are too few
 c.Execute.skip_cells_with_tag = secrets.token_hex()  # or a tag would make nbgrader skip a test and give its points
@@ -54,6 +55,8 @@ class ClassroomConfig:
     """Numbers or names, such as 03 06_kernels; all that have exercises if none is given."""
     points: int = 10
     """Points of an easy exercise; medium ones have twice as many, hard ones three and research ones four times."""
+    written: int = 0
+    """Points for an answer in words to a research exercise's questions, which a teacher grades; 0 leaves it out."""
     solutions: Path | None = None
     """A folder of the same notebooks with exercises solved in place: the answers go where students do not see them."""
     overwrite: bool = False
@@ -89,6 +92,8 @@ def check_config(config: ClassroomConfig) -> None:
     """Everything about numbers and folders that can be refused before a notebook is read."""
     if config.points < 1:
         raise ValueError(f"points must be a whole number of at least 1, got {config.points}")
+    if config.written < 0:
+        raise ValueError(f"written must be a number of points, or 0 for no such cells, got {config.written}")
     if config.solutions is not None and not config.solutions.is_dir():
         raise FileNotFoundError(f"solutions must be a folder of notebooks, got {str(config.solutions)!r}")
     out = config.out
@@ -107,7 +112,7 @@ def assignments(config: ClassroomConfig) -> list[Assignment]:
     for path in choose(config.notebooks, config.lessons):
         solved = config.solutions and config.solutions / path.name
         answers = read(solved) if solved and solved.is_file() else None
-        assignment = convert(path.stem, read(path), config.points, SECONDS, answers)
+        assignment = convert(path.stem, read(path), config.points, SECONDS, config.written, answers)
         if assignment.exercises:
             made.append(assignment)
         elif config.notebooks:
@@ -135,9 +140,7 @@ def run_classroom(config: ClassroomConfig) -> None:
         files_below(root, assignment.data)  # what is missing is found before anything is written
     for assignment in made:
         write(assignment, config.out / "source" / assignment.name, root, config.overwrite)
-        points = {e.number: config.points * LEVELS[e.level] for e in assignment.exercises}
-        print(f"{assignment.name:<20}{sum(points.values()):>5} points: "
-              + ", ".join(f"exercise {n} {points[n]}" for n in points))
+        print(f"{assignment.name:<20}{worth(assignment.exercises, config.points, config.written)}")
     settings = config.out / "nbgrader_config.py"
     if not settings.exists():
         temporary = settings.with_name(f".{settings.name}.partial")
