@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from traitlets.config import PyFileConfigLoader
 
 from minids.classroom import listen, settle
 from minids.classroom.assignment import convert, files_below, find_exercises
@@ -69,6 +70,7 @@ def check_schema(cell):
     meta = graded(cell)
     keys = {"grade", "grade_id", "locked", "schema_version", "solution", "task", "cell_type"}
     assert set(meta) == keys | ({"points"} if meta["grade"] else set())
+    assert cell["metadata"]["deletable"] is False
     assert meta["schema_version"] == 3 and meta["task"] is False and meta["cell_type"] == cell["cell_type"]
     assert re.fullmatch(r"[A-Za-z0-9_-]+", meta["grade_id"]) and cell["id"] == meta["grade_id"]
     if cell["cell_type"] == "code":  # read-only, answer or test
@@ -268,7 +270,9 @@ def test_a_course_is_written(lessons, tmp_path, capsys):
     assert [cell["id"] for cell in made(out)["cells"]] == [
         "about-this-assignment", "s-0", "s-1", "s-2", "s-3", "s-4", "s-5-given", "s-5", "s-6"]
     assert "old" not in json.dumps(made(out)) and "15 in all" in text(made(out)["cells"][0])
-    compile((out / "nbgrader_config.py").read_text(), "nbgrader_config.py", "exec")
+    settings = PyFileConfigLoader("nbgrader_config.py", path=str(out)).load_config()
+    assert settings.CourseDirectory.root == str(out) and settings.Execute.timeout == 90
+    assert settings.LockCells.lock_readonly_cells is False  # else students could not try anything
 
 
 @pytest.mark.parametrize("args, told", [
@@ -336,6 +340,15 @@ def test_lessons_that_do_not_fit_are_refused(replaced, fault):
         convert("20_numbers", small(**replaced), 10, 90)
 
 
+def test_a_stub_between_other_definitions():
+    """Decorators are the stub's; what is above and below it is the lesson's, and so is the answer to exercise 1."""
+    between = '@staticmethod\ndef half(x):\n    return None\n\n\nlater = {"three": 3}'
+    page = small(**{"s-5": "low = 1\n\n\n" + between, "s-6": 'grade("exercise 2", half(double(low)), later["three"])'})
+    cells = convert("20_numbers", page, 10, 90).notebook["cells"]
+    found = {cell["id"]: text(cell).split("\n\n###")[0] for cell in cells if cell["id"].startswith("s-5")}
+    assert found == {"s-5-given": "low = 1", "s-5": between.split("\n\n\n")[0], "s-5-more": 'later = {"three": 3}'}
+
+
 def test_only_notebooks_with_cell_ids(lessons, tmp_path):
     (lessons / "20_numbers.ipynb").write_text(json.dumps({**small(), "nbformat_minor": 4}))
     with pytest.raises(ValueError, match="nbformat 4.4"):
@@ -401,6 +414,8 @@ def test_the_whole_way_through_nbgrader(lessons, tmp_path):
     released = json.loads((course / "release/20_numbers/20_numbers.ipynb").read_text())
     assert {cell["id"]: text(cell).strip() for cell in codes(released) if graded(cell)["solution"]} == {
         "s-3": FIRST, "s-5": SECOND.split("\n\n\n")[1]}
+    frozen = {cell["id"] for cell in codes(released) if cell["metadata"].get("editable") is False}
+    assert frozen == {"s-4", "s-6"}
     assert "failed" in nbgrader(course, "validate", "release/20_numbers/20_numbers.ipynb"), "a stub is not an answer"
     submit(course, "ada", RIGHT)
     submit(course, "ben", WRONG)

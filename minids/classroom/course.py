@@ -140,7 +140,7 @@ def run_classroom(config: ClassroomConfig) -> None:
         files_below(root, assignment.data)  # what is missing is found before anything is written
     for assignment in made:
         write(assignment, config.out / "source" / assignment.name, root, config.overwrite)
-        print(f"{assignment.name:<20}{worth(assignment.exercises, config.points, config.written)}")
+        print(f"{assignment.name:<24}{worth(assignment.exercises, config.points, config.written)}")
     settings = config.out / "nbgrader_config.py"
     if not settings.exists():
         temporary = settings.with_name(f".{settings.name}.partial")
