@@ -18,6 +18,8 @@ SCALES = ("fp32", "ue8m0")
 # The smallest amax whose scale is a normal FP32 number; below it amax / 448 would lose bits or become 0.
 SMALLEST_AMAX = E4M3_MAX * torch.finfo(torch.float32).tiny
 SMALLEST = tl.constexpr(SMALLEST_AMAX)
+# `quantize_gluon` writes 1 / scale as high + low; high is this much too small, more than a reciprocal is ever off.
+RECIPROCAL_SHRUNK = 1 - 2.0**-21
 
 
 def scale_of(amax: Tensor, scale: str = "fp32") -> Tensor:

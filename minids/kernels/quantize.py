@@ -12,7 +12,8 @@ The weight gradient dW = dY^T X sums over tokens, so there a tile is 128 tokens 
 the transpose, quantised 1 x 128, and `quantize_tile_both` both from one read of x.
 
 Floors for M x K in BF16, on a device that moves B bytes a second: M K (2 + 1 + 4 / 128) / B for one pass and
-M K (2 + 2 + 8 / 128) / B for both. The arithmetic, about ten operations a number, hides below it.
+M K (2 + 2 + 8 / 128) / B for both. The arithmetic of one pass, about ten operations a number, hides below it; that of
+both does not, unless it is done as in `quantize_gluon`, which computes the same on Hopper.
 
 Layout: q is row-major. scale_inv (M, ceil(K / 128)) is row-major, or column-major (strides (1, M'), M' = M rounded up to
 4), which is how GEMMs read it. Of the transpose q (K, M) the row stride is M rounded up to 16, so that rows start where the
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minids.kernels.backend import E4M3_MAX, TILE, cdiv, check, choose, jit, registered, tl
+from minids.kernels.backend import E4M3_MAX, TILE, capability, cdiv, check, choose, jit, registered, tl
 from minids.kernels.e4m3 import SCALES, e4m3_scale, magnitude_bits, scale_of, to_e4m3
 
 FLOATS = (torch.bfloat16, torch.float32, torch.float16)
@@ -166,18 +167,24 @@ def _square(x_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, M, K, words, x_stride, s_stride
         _store_rows(x3, q_ptr, s_ptr, quad * 4 + 3, column, M, K, s_stride_m, UE8M0)
 
 
-# From a sweep on an H200: tokens and tiles a program of _rows; channels and warps a program of _square.
-ROWS = {False: (1, 8), True: (16, 1)}  # scales row-major; column-major, where neighbours in memory are tokens
+# From a sweep on an H200: tokens, tiles and warps a program of _rows; channels and warps a program of _square.
+ROWS = {False: (1, 8, 2), True: (16, 1, 1)}  # scales row-major; column-major, where neighbours in memory are tokens
 COLUMNS_T, WARPS_T, WARPS_BOTH = 32, 2, 4
+
+
+def prefers_gluon(x: Tensor) -> bool:
+    """Whether `quantize_gluon` makes the transpose: on Hopper, of BF16 in whole tiles of channels and aligned rows."""
+    tiles = x.dtype == torch.bfloat16 and x.shape[1] % TILE == 0
+    return tiles and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 and capability(x.device)[0] == 9
 
 
 @registered("quantize_tile")
 def _quantize_tile(x: Tensor, ue8m0: bool, column_major: bool) -> tuple[Tensor, Tensor]:
     (m, k), q, scale_inv = x.shape, *empty(x, column_major)
     if q.numel():
-        rows, tiles = ROWS[column_major]
+        rows, tiles, warps = ROWS[column_major]
         grid = (cdiv(k, TILE * tiles) * cdiv(m, rows),)  # in one dimension: the others end at 65,535
-        _rows[grid](x, q, scale_inv, m, k, x.stride(0), *scale_inv.stride(), rows, tiles, ue8m0, num_warps=2)
+        _rows[grid](x, q, scale_inv, m, k, x.stride(0), *scale_inv.stride(), rows, tiles, ue8m0, num_warps=warps)
     return q, scale_inv
 
 
@@ -192,7 +199,7 @@ def _quantize_tile_t(x: Tensor, ue8m0: bool, column_major: bool) -> tuple[Tensor
 @registered("quantize_tile_both")
 def _quantize_tile_both(x: Tensor, ue8m0: bool, column_major: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # Triton 3.6 loses some of the words that it turns where a thread has loaded four numbers of a row, not eight.
-    if x.stride(0) % 16 or x.dtype == torch.float32:
+    if not prefers_gluon(x) and (x.stride(0) % 16 or x.dtype == torch.float32):
         return *_quantize_tile(x, ue8m0, column_major), *_quantize_tile_t(x, ue8m0, column_major)
     (q, scale_inv), (q_t, scale_t) = empty(x, column_major), _empty_t(x, column_major)
     if q.numel():
@@ -206,6 +213,10 @@ def _launch_square(
 ) -> None:
     (m, k), words = x.shape, cdiv(len(x), 16) * 4
     words_t = q_t.as_strided((k, words * 4), (words * 4, 1)).view(torch.int32)  # rows with what pads them
+    if prefers_gluon(x):
+        from minids.kernels import quantize_gluon
+
+        return quantize_gluon.square(x, q, scale_inv, words_t, scale_t, row_pass, ue8m0)
     _square[(cdiv(k, columns), cdiv(m, TILE))](
         x, q, scale_inv, words_t, scale_t, m, k, words, x.stride(0), *scale_inv.stride(), *scale_t.stride(),
         columns, row_pass, ue8m0, num_warps=warps,

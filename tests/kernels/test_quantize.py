@@ -10,6 +10,7 @@ from minids import fp8
 from minids.kernels import (
     block,
     dequantize_block,
+    e4m3,
     quantize,
     quantize_block,
     quantize_tile,
@@ -75,6 +76,25 @@ def test_numbers_on_the_edge_between_two_codes(where, amax):
     q, scale_inv = quantize_tile(x.to(device), backend=backend)
     expected = fp8.quantize_tile(x)
     assert same_bits(scale_inv, expected[1]) and same_bits(q, expected[0])
+
+
+@pytest.mark.parametrize("scale", ["fp32", "ue8m0"])
+@pytest.mark.parametrize("exponent", [-133, -126, -119, -118, -110, -1, 0, 60, 115, 118, 119, 126, 127])
+def test_a_reciprocal_in_two_parts_gives_the_bits_of_a_division(exponent, scale):
+    """The arithmetic of `quantize_gluon` for every mantissa of BF16 in x and amax, and x's exponents from amax's down to
+    those that round to zero. The device's own reciprocal may be off by two units in the last place."""
+    mantissas = torch.arange(128, 256).double() / 128
+    amax = (mantissas * 2.0**exponent).to(torch.bfloat16)
+    x = (mantissas * 2.0 ** torch.arange(exponent - 21, exponent + 1)[:, None]).flatten().to(torch.bfloat16)
+    s, x = e4m3.scale_of(amax.float(), scale)[:, None], x.float()[None, :]
+    x = torch.where(x <= amax.float()[:, None], x, 0.0)
+    codes = (x / s).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    for units in (-2, -1, 0, 1, 2):
+        high = ((1 / s).view(torch.int32) + units).view(torch.float32) * e4m3.RECIPROCAL_SHRUNK
+        low = (1 - s.double() * high.double()).float() * high
+        assert (low > 0).all(), "of low's sign depends that of -0"
+        q = (x.double() * high.double() + (x * low).double()).float()  # fits 53 bits: a fused multiply-add's rounding
+        assert torch.equal(q.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8), codes), (exponent, units)
 
 
 def test_layouts(where):
@@ -158,6 +178,24 @@ def test_a_hundred_million_numbers():
         x = torch.randn(8192, 7168, device="cuda") * torch.randn(8192, 1, device="cuda").mul(8).exp()
         for dtype in (torch.float32, torch.bfloat16):
             y = x.to(dtype)
-            made, expected = quantize_tile(y, backend="triton"), quantize.reference(y)
-            assert torch.equal(made[0].view(torch.uint8), expected[0].view(torch.uint8))
-            assert torch.equal(made[1], expected[1])
+            made = quantize_tile_both(y, backend="triton", column_major=True)
+            for (q, scale_inv), view in ((made[:2], y), (made[2:], y.t())):
+                expected = quantize.reference(view)
+                assert torch.equal(q.view(torch.uint8), expected[0].view(torch.uint8))
+                assert torch.equal(scale_inv, expected[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_tiles_that_are_not_finite_both_ways(bad):
+    """Of x and of its transpose the one tile with the bad number, from a part of a larger matrix."""
+    x = hard(200, 512, torch.bfloat16, "cuda")[:, 128:384]
+    clean = quantize_tile_both(x)
+    x[77, 130] = bad
+    q, scale_inv, q_t, scale_t = quantize_tile_both(x)
+    assert scale_inv.isnan().nonzero().tolist() == [[77, 1]] and scale_t.isnan().nonzero().tolist() == [[130, 0]]
+    assert q[77, 128:].float().isnan().all() and q_t[130, :128].float().isnan().all()
+    q[77, 128:], scale_inv[77, 1] = clean[0][77, 128:], clean[1][77, 1]
+    q_t[130, :128], scale_t[130, 0] = clean[2][130, :128], clean[3][130, 0]
+    assert all(same_bits(a, b) for a, b in zip((q, scale_inv, q_t, scale_t), clean, strict=True))
