@@ -92,14 +92,14 @@ def _four_tokens(x0, x1, x2, x3, parts, column: gl.constexpr):
         and.b32 t, $4, 0xffff0000; mov.b32 c, t; mul.rn.f32 z, c, $9; fma.rn.f32 c, c, $8, z;
         and.b32 t, $5, 0xffff0000; mov.b32 d, t; mul.rn.f32 z, d, $9; fma.rn.f32 d, d, $8, z;
         cvt.rn.satfinite.e4m3x2.f32 p, b, a; cvt.rn.satfinite.e4m3x2.f32 r, d, c; mov.b32 $1, {p, r}; }""",
-        "=&r,=&r,r,r,r,r,f,f,f,f", [x0, x1, x2, x3, high_0, low_0, high_1, low_1], dtype=(gl.int32, gl.int32), is_pure=True,
-        pack=1,
+        "=&r,=&r,r,r,r,r,f,f,f,f", [x0, x1, x2, x3, high_0, low_0, high_1, low_1],
+        dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
     )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["M"])
-def _square(x_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, M, pairs, words, x_stride, s_stride_m, s_stride_k, st_stride_k, st_stride_m,
-            ROW_PASS: gl.constexpr, UE8M0: gl.constexpr, WARPS: gl.constexpr):
+def _square(x_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, M, pairs, words, x_stride, s_stride_m, s_stride_k,
+            st_stride_k, st_stride_m, ROW_PASS: gl.constexpr, UE8M0: gl.constexpr, WARPS: gl.constexpr):
     """One program: 128 tokens of 128 channels. x_ptr: words of two channels, `pairs` to a row of q; qt_ptr: words of four
     tokens, `words` to a row."""
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [32 // WARPS, WARPS], [WARPS, 1], [1, 0])  # tokens / 4 x words
