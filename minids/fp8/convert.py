@@ -77,10 +77,11 @@ def _attention(attention: MLA, recipe: Fp8Recipe) -> Fp8MLA:
     return found
 
 
-def _tell_source(norm: RMSNorm, args: tuple, out: Tensor) -> None:
-    """Forward hook: what the norm made can be made again."""
+def _tell_source(norm: RMSNorm, args: tuple, out: Tensor | tuple[Tensor, Tensor]) -> None:
+    """Forward hook: what the norm made can be made again, from its input or from the sum that it added up."""
     if torch.is_grad_enabled():
-        mark_recomputable(out, norm.forward, args[0])
+        source, normed = out if isinstance(out, tuple) else (args[0], out)
+        mark_recomputable(normed, norm.forward, source)
 
 
 def _tell_experts(moe: MoE, args: tuple) -> None:

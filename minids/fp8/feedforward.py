@@ -25,7 +25,7 @@ from minids.fp8.linear import Quantised, check_input, compute_dtype, input_colum
 from minids.fp8.operands import Operand
 from minids.fp8.products import SLOTS, Simulated, engine_for
 from minids.fp8.recipe import Fp8Recipe
-from minids.fp8.saved import Source, restore, save, source_of
+from minids.fp8.saved import Again, Source, restore, save, source_of
 from minids.model.attention import LatentCache
 from minids.model.layers import MLP
 from minids.model.moe import Dispatch, Experts, plan_dispatch
@@ -47,8 +47,8 @@ class _Fp8FeedForward(torch.autograd.Function):
         h, z = engine.gated(z_MF, weight_M1)
         y_MD = engine.fprop(h, down_fprop, dtype, ends)
         ctx.engine, ctx.plan, ctx.dtype, ctx.joined = engine, plan, dtype, up is None
-        ctx.function, ctx.x_dtype = source.function if source else None, x_ND.dtype
-        kept = source.tensor if source else x if routed else engine.kept_input(x_ND, x)  # slots' columns are of rows
+        ctx.again, ctx.x_dtype = source.again if source else None, x_ND.dtype
+        kept = source.read() if source else x if routed else engine.kept_input(x_ND, x)  # slots' columns are of rows
         save(ctx, kept, up_dgrad, z, down_dgrad, weight_M1)
         return engine.combine(y_MD, plan) if routed else y_MD
 
@@ -62,7 +62,7 @@ class _Fp8FeedForward(torch.autograd.Function):
         dh = engine.dgrad(dy_rows, w_down, ctx.dtype, ends)
         dz_rows, dz_columns, h_columns, d_weight = engine.gated_backward(dh, z, weight_M1)
         d_down = engine.wgrad(dy_columns, h_columns, ends)
-        d_up = engine.wgrad(dz_columns, input_slots(engine, kept, ctx.function, plan), ends)
+        d_up = engine.wgrad(dz_columns, input_slots(engine, kept, ctx.again, plan), ends)
         dx = engine.dgrad(dz_rows, w_up, ctx.dtype, ends)
         dx = (dx if plan is None else engine.combine(dx, plan)).to(ctx.x_dtype)
         d_gate, d_up = (d_up, None) if ctx.joined else d_up.chunk(2)
@@ -77,12 +77,12 @@ def output_gradient(engine: Simulated, dy: Tensor, plan: Dispatch | None) -> tup
     return engine.slots(rows, plan), engine.slot_columns(rows, plan)
 
 
-def input_slots(engine: Simulated, kept, function, plan: Dispatch | None) -> Operand:
+def input_slots(engine: Simulated, kept, again: Again | None, plan: Dispatch | None) -> Operand:
     """The input for Wgrad, from what was kept of it."""
     if plan is None:
-        return input_columns(engine, kept, function)
-    if function is not None:
-        kept = engine.rows(function(kept).flatten(0, -2), exact=True)
+        return input_columns(engine, kept, again)
+    if again is not None:
+        kept = engine.rows(again(kept).flatten(0, -2), exact=True)
     return engine.slot_columns(kept, plan)
 
 

@@ -23,9 +23,12 @@ from torch import Tensor
 
 from minids.fp8.operands import Operand, quantize
 from minids.fp8.turned import FP8, Turned, empty_scales, empty_turned, on_device, store_turned, words
+from minids.fp8.words import sigmoid
 from minids.kernels.backend import cdiv, jit, tl
 from minids.kernels.quantize import e4m3_scale, magnitude_bits, quantize_tile_t, to_e4m3
 from minids.model.layers import swiglu_backward, swiglu_forward
+
+BACKWARD = (8, 8, 4, 1)  # rows and columns at a time, programs a tile, warps. From a sweep on an H200
 
 
 def gated(z_MF: Tensor, weight_M1: Tensor | None, scale: str) -> tuple[Operand, Operand]:
@@ -53,10 +56,11 @@ def gated_backward(
     dz_t, h_t = empty_turned(dh_MF, m, 2 * f), empty_turned(dh_MF, m, f)
     parts = dh_MF.new_empty((f // 128, m), dtype=torch.float32)
     weight = dh_MF if weight_M1 is None else weight_M1
-    _backward[(f // 128, cdiv(m, 128))](
+    rows, columns, programs, warps = BACKWARD
+    _backward[(f // 128 * programs, cdiv(m, 128))](
         dh_MF, z.q, z.scale_inv, weight, dz.q, dz.scale_inv, words(dz_t), dz_t.scale_inv, words(h_t), h_t.scale_inv, parts,
         m, f, dz_t.q.stride(0) // 4, *z.scale_inv.stride(), *dz.scale_inv.stride(), *dz_t.scale_inv.stride(),
-        *h_t.scale_inv.stride(), weight_M1 is not None, scale == "ue8m0", 32, 32, num_warps=8, maxnreg=128,
+        *h_t.scale_inv.stride(), weight_M1 is not None, scale == "ue8m0", rows, columns, programs, num_warps=warps,
     )  # fmt: skip
     d_weight = None if weight_M1 is None else parts.sum(0).unsqueeze(-1).to(weight_M1.dtype)
     return dz, dz_t, h_t, d_weight
@@ -89,7 +93,7 @@ def _gated(z_ptr, weight_ptr, hq_ptr, hs_ptr, zq_ptr, zs_ptr, M, F, z_stride, hs
     at = z_ptr + row[:, None] * z_stride + column[None, :]
     gate = tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32)
     up = tl.load(at + F, mask=inside[:, None], other=0.0).to(tl.float32)
-    h = gate / (1.0 + tl.exp(-gate)) * up
+    h = gate * sigmoid(gate) * up
     if WEIGHTED:
         h *= tl.load(weight_ptr + row, mask=inside, other=0.0).to(tl.float32)[:, None]
     at = row[:, None] * F + column[None, :]
@@ -112,7 +116,7 @@ def _gradients(dh_ptr, zq_ptr, zs_ptr, weight_ptr, row, column, M, F, zs_stride_
     scale = zs_ptr + row * zs_stride_m + tl.min(column, axis=0) // 128 * zs_stride_f
     gate *= tl.load(scale, mask=inside, other=0.0)[:, None]
     up *= tl.load(scale + F // 128 * zs_stride_f, mask=inside, other=0.0)[:, None]
-    sigma = 1.0 / (1.0 + tl.exp(-gate))
+    sigma = sigmoid(gate)
     silu = gate * sigma
     h = silu * up
     part = tl.sum(dh * h, axis=1)
@@ -120,7 +124,7 @@ def _gradients(dh_ptr, zq_ptr, zs_ptr, weight_ptr, row, column, M, F, zs_stride_
         weight = tl.load(weight_ptr + row, mask=inside, other=0.0).to(tl.float32)[:, None]
         h *= weight
         dh *= weight
-    return dh * up * (sigma * (1.0 + gate * (1.0 - sigma))), dh * silu, h, part
+    return dh * up * (sigma + silu * (1.0 - sigma)), dh * silu, h, part
 
 
 @jit
@@ -142,16 +146,18 @@ def _row_pass(dh_ptr, zq_ptr, zs_ptr, weight_ptr, dq_ptr, ds_ptr, part_ptr, row,
 @jit(varying=("M", "row_words"))
 def _backward(dh_ptr, zq_ptr, zs_ptr, weight_ptr, dq_ptr, ds_ptr, dt_ptr, dts_ptr, ht_ptr, hts_ptr, part_ptr, M, F,
               row_words, zs_stride_m, zs_stride_f, ds_stride_m, ds_stride_f, dts_stride_f, dts_stride_m, hts_stride_f,
-              hts_stride_m, WEIGHTED: tl.constexpr, UE8M0: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """One program: 128 rows of 128 channels; along the rows ROWS at a time, down the columns COLUMNS at a time."""
-    tile, block = tl.program_id(0), tl.program_id(1)
-    for part in range(128 // ROWS):
-        row = block * 128 + part * ROWS + tl.arange(0, ROWS)
+              hts_stride_m, WEIGHTED: tl.constexpr, UE8M0: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+              PARTS: tl.constexpr):
+    """PARTS programs: a tile of 128 rows and 128 channels; each takes a share of its rows, ROWS at a time, and a share of
+    its columns, COLUMNS at a time."""
+    tile, block, share = tl.program_id(0) // PARTS, tl.program_id(1), tl.program_id(0) % PARTS
+    for part in range(128 // PARTS // ROWS):
+        row = block * 128 + share * (128 // PARTS) + part * ROWS + tl.arange(0, ROWS)
         _row_pass(dh_ptr, zq_ptr, zs_ptr, weight_ptr, dq_ptr, ds_ptr, part_ptr, row, tile, M, F, zs_stride_m, zs_stride_f,
                   ds_stride_m, ds_stride_f, WEIGHTED, UE8M0)
     quad = block * 32 + tl.arange(0, 32)
-    for part in range(128 // COLUMNS):
-        column = tile * 128 + part * COLUMNS + tl.arange(0, COLUMNS)
+    for part in range(128 // PARTS // COLUMNS):
+        column = tile * 128 + share * (128 // PARTS) + part * COLUMNS + tl.arange(0, COLUMNS)
         g0, u0, h0, _ = _gradients(dh_ptr, zq_ptr, zs_ptr, weight_ptr, quad * 4, column, M, F, zs_stride_m, zs_stride_f,
                                    WEIGHTED)
         g1, u1, h1, _ = _gradients(dh_ptr, zq_ptr, zs_ptr, weight_ptr, quad * 4 + 1, column, M, F, zs_stride_m,

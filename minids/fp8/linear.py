@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from minids.fp8.operands import Operand
 from minids.fp8.products import Simulated, engine_for
 from minids.fp8.recipe import Fp8Recipe
-from minids.fp8.saved import Source, restore, save, source_of
+from minids.fp8.saved import Again, Source, restore, save, source_of
 from minids.model.linear import Linear
 
 
@@ -40,10 +40,10 @@ class _Fp8Linear(torch.autograd.Function):
             x_operand, kept = engine.wide(x_MK)
         else:
             x_operand = engine.rows(x_MK) if given is None else given
-            kept = source.tensor if source else engine.kept_input(x_MK, x_operand)
+            kept = source.read() if source else engine.kept_input(x_MK, x_operand)
         y = engine.fprop(x_operand, w_fprop, compute_dtype(x))
         ctx.engine, ctx.wide_input, ctx.shape, ctx.dtype = engine, wide_input, x.shape, x.dtype
-        ctx.function = source.function if source else None
+        ctx.again = source.again if source else None
         save(ctx, kept, w_dgrad)
         return y.view(*x.shape[:-1], -1)
 
@@ -56,17 +56,20 @@ class _Fp8Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = engine.dgrad(dy_rows, weight, ctx.dtype).view(ctx.shape)
         if ctx.needs_input_grad[1]:
-            dw = engine.wgrad(dy_columns, input_columns(engine, kept, ctx.function, ctx.wide_input))
+            dw = engine.wgrad(dy_columns, input_columns(engine, kept, ctx.again, ctx.wide_input))
         return dx, dw, None, None, None, None, None
 
 
-def input_columns(engine: Simulated, kept, function, exact: bool = False) -> Operand:
+def input_columns(engine: Simulated, kept, again: Again | None, exact: bool = False) -> Operand:
     """The input of a layer, quantised along its tokens, from what was kept of it."""
-    if function is not None:
-        x = function(kept)
+    if again is None:
+        return engine.columns_again(kept, exact)
+
+    def columns(x: Tensor) -> Operand:
         x_MK = x.reshape(-1, x.shape[-1])
-        kept = engine.kept_input(x_MK, engine.rows(x_MK))
-    return engine.columns_again(kept, exact)
+        return engine.columns_again(engine.kept_input(x_MK, engine.rows(x_MK)), exact)
+
+    return again(kept, columns, (engine, exact))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

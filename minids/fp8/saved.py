@@ -8,7 +8,8 @@ An input x is kept in one of three ways:
     recomputed     nothing but the input of the norm that made x, which the norm keeps    behind an RMSNorm [V3 3.2.3]
 
 Backward gets the operand of Fprop back from the first and the third, bit for bit the same: recomputing changes memory
-and time, never a result.
+and time, never a result. Layers that read one x (q_a_proj and kv_a_proj_with_mqa; the experts, routed and shared) have one
+`Again`: the first that backward comes to makes x again, and what it makes of x the others find there.
 """
 
 from __future__ import annotations
@@ -43,11 +44,36 @@ def restore(ctx: Any) -> list:
     return found
 
 
-class Source(NamedTuple):
-    """x = function(tensor)."""
+class Again:
+    """Makes x = function(tensor) again, once a backward pass for all the layers that read x. It keeps no tensor meanwhile:
+    each layer hands in what it has kept."""
 
-    function: Callable[[Tensor], Tensor]
+    def __init__(self, function: Callable[[Tensor], Tensor]):
+        self.function, self.readers, self.left, self.made = function, 0, 0, {}
+
+    def __call__(self, tensor: Tensor, make: Callable[[Tensor], Any] | None = None, name: Any = None) -> Any:
+        """x, or make(x): once for all that ask for the same ``name``. A layer asks once a backward pass; when the last one
+        has, everything is forgotten."""
+        if not self.made:
+            self.left, self.made = self.readers, {None: self.function(tensor)}
+        if name not in self.made:
+            self.made[name] = make(self.made[None])
+        found, self.left = self.made[name], self.left - 1
+        if self.left <= 0:
+            self.made = {}
+        return found
+
+
+class Source(NamedTuple):
+    """x = again(tensor)."""
+
+    again: Again
     tensor: Tensor
+
+    def read(self) -> Tensor:
+        """What one more layer keeps of x."""
+        self.again.readers += 1
+        return self.tensor
 
 
 def under_this_autocast(function: Callable, device: str) -> Callable:
@@ -65,7 +91,7 @@ def under_this_autocast(function: Callable, device: str) -> Callable:
 def mark_recomputable(x: Tensor, function: Callable[[Tensor], Tensor], source: Tensor) -> None:
     """Says that x = function(source), so that a layer may keep ``source`` in the place of x."""
     again = under_this_autocast(function, source.device.type)
-    x.fp8_source = Source(lambda tensor: again(tensor).detach(), source.detach())
+    x.fp8_source = Source(Again(lambda tensor: again(tensor).detach()), source.detach())
 
 
 def source_of(x: Tensor) -> Source | None:

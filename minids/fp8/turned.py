@@ -26,6 +26,7 @@ from torch import Tensor
 
 from minids.fp8.formats import E5M6
 from minids.fp8.operands import Kept12, Operand, keep_12_bits
+from minids.fp8.words import largest, over, word_of
 from minids.kernels import quantize_block
 from minids.kernels.backend import cdiv, choose, jit, tl
 from minids.kernels.quantize import e4m3_scale, magnitude_bits, quantize_tile, quantize_tile_t, to_e4m3
@@ -35,6 +36,7 @@ FP8 = torch.float8_e4m3fn
 WIDE_TOP = tl.constexpr(0x7E0000)  # the mantissa of E5M6's largest number, as FP32 has it
 WIDE_SMALLEST = tl.constexpr(16 << 23 | 0x7E0000)  # the smallest magnitude whose scale is normal, 65024 * 2^-126
 assert E5M6.max == 65024
+COLUMNS = (32, 8, 2)  # of a program of `_columns`; how many a thread loads at once; warps. From a sweep on an H200
 
 
 class Turned(NamedTuple):
@@ -87,14 +89,6 @@ def _turn(q_ptr, qt_ptr, N, K):
     tl.store(qt_ptr + at_t, tl.trans(word), mask=(column < K)[:, None] & (quad < words)[None, :])
 
 
-@jit
-def word_of(q0, q1, q2, q3):
-    """Four E4M3 numbers as one word, the first in the lowest byte."""
-    low = q0.to(tl.uint8, bitcast=True).to(tl.int32) | (q1.to(tl.uint8, bitcast=True).to(tl.int32) << 8)
-    high = (q2.to(tl.uint8, bitcast=True).to(tl.int32) << 16) | (q3.to(tl.uint8, bitcast=True).to(tl.int32) << 24)
-    return low | high
-
-
 # ---- tokens and slots -------------------------------------------------------------------------------------------------
 
 
@@ -108,8 +102,8 @@ def slots(rows: Operand, plan: Dispatch) -> Operand:
     (n, c), m, k = rows.q.shape, len(plan.choice_M), plan.slot_NK.shape[1]
     q, s = rows.q.new_empty((m, c)), empty_scales(rows.scale_inv, m, c)
     _slots[(cdiv(m, 32), cdiv(c, 128))](
-        rows.q.view(torch.uint8), rows.scale_inv, plan.choice_M, q.view(torch.uint8), s, m, n * k, c, k, rows.q.stride(0),
-        *rows.scale_inv.stride(), *s.stride(), num_warps=4,
+        rows.q.view(torch.uint8), rows.scale_inv, plan.choice_M, q.view(torch.uint8), s, m, n * k, c, rows.q.stride(0),
+        *rows.scale_inv.stride(), *s.stride(), k, num_warps=4,
     )  # fmt: skip
     return Operand(q, s, (1, 128))
 
@@ -119,14 +113,15 @@ def columns(rows: Operand, scale: str, plan: Dispatch | None = None) -> Turned:
     if not on_device(rows.q):
         wide = (rows if plan is None else slots(rows, plan)).dequantize()
         return Turned(*quantize_tile_t(wide, scale=scale, column_major=True))
-    (n, c), k = rows.q.shape, 1 if plan is None else plan.slot_NK.shape[1]
-    m = n if plan is None else len(plan.choice_M)
-    found = empty_turned(rows.q, m, c)
-    choice = rows.q if plan is None else plan.choice_M
-    _columns[(cdiv(c, 64), cdiv(m, 128))](rows.q, rows.scale_inv, choice, words(found), found.scale_inv, m, n * k, c, k,
-                                          rows.q.stride(0), *rows.scale_inv.stride(), found.q.stride(0) // 4,
-                                          *found.scale_inv.stride(), plan is not None, scale == "ue8m0",
-                                          num_warps=4)  # fmt: skip
+    (n, c), k = rows.q.shape, 0 if plan is None else plan.slot_NK.shape[1]
+    m, choice = (len(plan.choice_M), plan.choice_M) if k else (n, rows.q)
+    found, stride = empty_turned(rows.q, m, c), rows.q.stride(0)
+    width, step, warps = COLUMNS
+    _columns[(cdiv(c, width), cdiv(m, 128))](
+        rows.q, rows.scale_inv, choice, words(found), found.scale_inv, m, n * max(k, 1), c, stride,
+        *rows.scale_inv.stride(), found.q.stride(0) // 4, *found.scale_inv.stride(), k, scale == "ue8m0", width,
+        1 if stride % step else step, num_warps=warps,
+    )  # fmt: skip
     return found
 
 
@@ -147,8 +142,8 @@ def words(turned: Turned) -> Tensor:
 
 
 @jit(varying=("M", "limit"))
-def _slots(q_ptr, s_ptr, choice_ptr, out_ptr, s_out_ptr, M, limit, C, CHOSEN, q_stride, s_stride_m, s_stride_c,
-           so_stride_m, so_stride_c):
+def _slots(q_ptr, s_ptr, choice_ptr, out_ptr, s_out_ptr, M, limit, C, q_stride, s_stride_m, s_stride_c,
+           so_stride_m, so_stride_c, CHOSEN: tl.constexpr):
     slot = tl.program_id(0) * 32 + tl.arange(0, 32)
     column = tl.program_id(1) * 128 + tl.arange(0, 128)
     choice = tl.load(choice_ptr + slot, mask=slot < M, other=limit)
@@ -162,14 +157,14 @@ def _slots(q_ptr, s_ptr, choice_ptr, out_ptr, s_out_ptr, M, limit, C, CHOSEN, q_
 
 
 @jit
-def _meant(q_ptr, s_ptr, choice_ptr, slot, column, M, limit, C, CHOSEN, q_stride, s_stride_m, s_stride_c,
-           SLOTS: tl.constexpr):
-    """q times its scale for the tokens in these slots (without SLOTS: of these tokens); zeros where there is none."""
-    if SLOTS:
+def _meant(q_ptr, s_ptr, choice_ptr, slot, column, M, limit, C, q_stride, s_stride_m, s_stride_c, CHOSEN: tl.constexpr):
+    """q times its scale for the tokens in these slots (CHOSEN 0: of these tokens); zeros where there is none."""
+    if CHOSEN:
         choice = tl.load(choice_ptr + slot, mask=slot < M, other=limit)
+        token = choice // CHOSEN
     else:
         choice = slot.to(tl.int64)
-    token = choice // CHOSEN
+        token = choice
     valid = choice < limit
     q = tl.load(q_ptr + token[:, None] * q_stride + column[None, :], mask=valid[:, None] & (column < C)[None, :], other=0.0)
     scale = tl.load(s_ptr + token * s_stride_m + tl.min(column, axis=0) // 128 * s_stride_c, mask=valid, other=0.0)
@@ -180,29 +175,27 @@ def _meant(q_ptr, s_ptr, choice_ptr, slot, column, M, limit, C, CHOSEN, q_stride
 def store_turned(x0, x1, x2, x3, qt_ptr, st_ptr, quad, block, column, C, row_words, st_stride_c, st_stride_m,
                  UE8M0: tl.constexpr):
     """Rows 4 quad to 4 quad + 3 of 128 rows, quantised down the columns and stored turned. A scale a column."""
-    bits = tl.maximum(tl.maximum(magnitude_bits(x0), magnitude_bits(x1)),
-                      tl.maximum(magnitude_bits(x2), magnitude_bits(x3)))
+    bits = magnitude_bits(largest(largest(x0, x1), largest(x2, x3)))
     scale = e4m3_scale(tl.max(bits, axis=0), UE8M0)
     tl.store(st_ptr + column.to(tl.int64) * st_stride_c + block * st_stride_m, scale, mask=column < C)
     scale = scale[None, :]
-    word = word_of(to_e4m3(x0, scale), to_e4m3(x1, scale), to_e4m3(x2, scale), to_e4m3(x3, scale))
+    word = word_of(over(x0, scale, UE8M0), over(x1, scale, UE8M0), over(x2, scale, UE8M0), over(x3, scale, UE8M0))
     mask = (column < C)[:, None] & (quad < row_words)[None, :]
     tl.store(qt_ptr + column.to(tl.int64)[:, None] * row_words + quad[None, :], tl.trans(word), mask=mask)
 
 
-@jit(varying=("M", "limit", "row_words"))
-def _columns(q_ptr, s_ptr, choice_ptr, qt_ptr, st_ptr, M, limit, C, CHOSEN, q_stride, s_stride_m, s_stride_c, row_words,
-             st_stride_c, st_stride_m, SLOTS: tl.constexpr, UE8M0: tl.constexpr):
-    """One program: 128 rows of 64 columns, which share a scale a row."""
+@jit(varying=("M", "limit", "q_stride", "row_words"))
+def _columns(q_ptr, s_ptr, choice_ptr, qt_ptr, st_ptr, M, limit, C, q_stride, s_stride_m, s_stride_c, row_words,
+             st_stride_c, st_stride_m, CHOSEN: tl.constexpr, UE8M0: tl.constexpr, COLUMNS: tl.constexpr,
+             STEP: tl.constexpr):
+    """One program: 128 rows of COLUMNS columns, which share a scale a row."""
+    q_stride = q_stride // STEP * STEP  # nothing changes; it says how many numbers of a row a thread may load at once
     quad = tl.program_id(1) * 32 + tl.arange(0, 32)
-    column = tl.program_id(0) * 64 + tl.arange(0, 64)
-    x0 = _meant(q_ptr, s_ptr, choice_ptr, quad * 4, column, M, limit, C, CHOSEN, q_stride, s_stride_m, s_stride_c, SLOTS)
-    x1 = _meant(q_ptr, s_ptr, choice_ptr, quad * 4 + 1, column, M, limit, C, CHOSEN, q_stride, s_stride_m, s_stride_c,
-                SLOTS)
-    x2 = _meant(q_ptr, s_ptr, choice_ptr, quad * 4 + 2, column, M, limit, C, CHOSEN, q_stride, s_stride_m, s_stride_c,
-                SLOTS)
-    x3 = _meant(q_ptr, s_ptr, choice_ptr, quad * 4 + 3, column, M, limit, C, CHOSEN, q_stride, s_stride_m, s_stride_c,
-                SLOTS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    x0 = _meant(q_ptr, s_ptr, choice_ptr, quad * 4, column, M, limit, C, q_stride, s_stride_m, s_stride_c, CHOSEN)
+    x1 = _meant(q_ptr, s_ptr, choice_ptr, quad * 4 + 1, column, M, limit, C, q_stride, s_stride_m, s_stride_c, CHOSEN)
+    x2 = _meant(q_ptr, s_ptr, choice_ptr, quad * 4 + 2, column, M, limit, C, q_stride, s_stride_m, s_stride_c, CHOSEN)
+    x3 = _meant(q_ptr, s_ptr, choice_ptr, quad * 4 + 3, column, M, limit, C, q_stride, s_stride_m, s_stride_c, CHOSEN)
     store_turned(x0, x1, x2, x3, qt_ptr, st_ptr, quad, tl.program_id(1), column, C, row_words, st_stride_c, st_stride_m,
                  UE8M0)
 

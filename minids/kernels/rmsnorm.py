@@ -2,10 +2,13 @@
 
     r = 1 / sqrt(mean(x^2) + eps)    y = x r w    g = dy w    dx = r (g - x r mean(g x r))    dw = sum over rows of dy x r
 
-All in FP32, rounded once. Forward keeps x and r; y is not kept. In backward a program takes every P-th row and keeps its
-part of dw in registers; the P parts are summed afterwards, in one order, so that every run gives the same bits.
+All in FP32, rounded once. In a transformer x is a sum, x + delta, that goes on beside the norm, and gradients come back on
+both ways: `rms_norm_residual` adds in the same passes. Forward keeps x and r; y is not kept. In backward a program takes
+every P-th row and keeps its part of dw in registers; the P parts are summed afterwards, in one order, so that every run
+gives the same bits.
 
-Floors for M rows of D in BF16: 4 M D bytes forward, 6 M D backward; 4 and 10 operations a number, far below.
+Floors for M rows of D in BF16: 4 M D bytes forward, 6 M D backward; with the sum 8 and 8. 4 to 12 operations a number, far
+below.
 
 Shapes: M rows, D columns.
 """
@@ -13,7 +16,7 @@ Shapes: M rows, D columns.
 import torch
 from torch import Tensor
 
-from minids.kernels.backend import check, check_shape, choose, jit, multiprocessors, registered, tl
+from minids.kernels.backend import check, check_shape, choose, jit, multiprocessors, registered, tl, traced
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -35,6 +38,13 @@ def rms_norm(
     Raises:
         TypeError, ValueError: with the value received, before anything is launched.
     """
+    _check(x, weight, eps, out_dtype)
+    if choose(backend, x, weight) == "torch":
+        return reference(x, weight, eps, out_dtype)
+    return _rms_norm(x, weight, eps, out_dtype)[0]
+
+
+def _check(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype | None) -> None:
     check("x", x, ndim=2, dtype=DTYPES)
     check("weight", weight, ndim=1, dtype=DTYPES)
     check_shape("weight", weight, (x.shape[1],))
@@ -47,9 +57,28 @@ def rms_norm(
         raise ValueError(f"eps: got {eps}, expected a positive number")
     if out_dtype is not None and out_dtype not in DTYPES:
         raise TypeError(f"out_dtype: got {out_dtype}, expected {' or '.join(map(str, DTYPES))}")
-    if choose(backend, x, weight) == "torch":
-        return reference(x, weight, eps, out_dtype)
-    return _rms_norm(x, weight, eps, out_dtype)[0]
+
+
+def rms_norm_residual(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float = 1e-6, *, out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A residual connection's sum and the norm of it, each way in one pass: x + delta in x's dtype, and `rms_norm` of it.
+
+    Without ``delta``: x and its norm; forward is `rms_norm`'s, backward adds up the gradients of both.
+    delta: (M, D) of any of the types, unit stride inside rows. The other arguments, and errors, as `rms_norm`'s.
+    """
+    _check(x, weight, eps, out_dtype)
+    if delta is not None:
+        check("delta", delta, ndim=2, dtype=DTYPES)
+        check_shape("delta", delta, tuple(x.shape))
+        if delta.stride(1) != 1:
+            raise ValueError(f"delta: got strides {delta.stride()}, expected unit stride inside rows")
+    given = (x, weight) if delta is None else (x, delta, weight)
+    if choose(backend, *given) == "torch" or traced():
+        total = x if delta is None else (x + delta).to(x.dtype)
+        return total, rms_norm(total, weight, eps, out_dtype=out_dtype, backend=backend)
+    return _Residual.apply(x, delta, weight, eps, out_dtype)
 
 
 def reference(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -62,11 +91,21 @@ def reference(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype | No
 
 
 @jit(varying=("M",))
-def _forward(x_ptr, w_ptr, y_ptr, r_ptr, M, D, x_stride, eps, BLOCK: tl.constexpr):
+def _forward(x_ptr, delta_ptr, w_ptr, total_ptr, y_ptr, r_ptr, M, D, x_stride, delta_stride, eps, ADD: tl.constexpr,
+             BLOCK: tl.constexpr):
+    """One program: a row. ADD: of x + delta, which is stored, rounded, and read again: so y has the bits that it will have
+    when it is made again of what was stored."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < D
-    x = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
+    x_ptr += row * x_stride
+    if ADD:
+        total = tl.load(x_ptr + column, mask=mask, other=0.0).to(tl.float32)
+        total += tl.load(delta_ptr + row * delta_stride + column, mask=mask, other=0.0).to(tl.float32)
+        x_ptr = total_ptr + row * D
+        tl.store(x_ptr + column, total.to(total_ptr.dtype.element_ty), mask=mask)
+        tl.debug_barrier()
+    x = tl.load(x_ptr + column, mask=mask, other=0.0).to(tl.float32)
     r = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=0) / D + eps)
     w = tl.load(w_ptr + column, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + row * D + column, (x * r * w).to(y_ptr.dtype.element_ty), mask=mask)
@@ -74,22 +113,29 @@ def _forward(x_ptr, w_ptr, y_ptr, r_ptr, M, D, x_stride, eps, BLOCK: tl.constexp
 
 
 @jit(varying=("M",))
-def _backward(dy_ptr, x_ptr, w_ptr, r_ptr, dx_ptr, dw_ptr, M, D, dy_stride, x_stride, BLOCK: tl.constexpr):
-    column = tl.arange(0, BLOCK)
+def _backward(dy_ptr, d_total_ptr, x_ptr, w_ptr, r_ptr, dx_ptr, low_ptr, dw_ptr, M, D, dy_stride, d_total_stride, x_stride,
+              ADD: tl.constexpr, LOW: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: ROWS rows of every P * ROWS. ADD: another gradient of x joins. LOW: dx in another dtype as well."""
+    column = tl.arange(0, BLOCK)[None, :]
     mask = column < D
     w = tl.load(w_ptr + column, mask=mask, other=0.0).to(tl.float32)
-    dw = tl.zeros((BLOCK,), dtype=tl.float32)
-    mine = tl.program_id(0).to(tl.int64)
-    for turn in range(0, tl.cdiv(M - tl.program_id(0), tl.num_programs(0))):
-        row = mine + turn * tl.num_programs(0)
-        r = tl.load(r_ptr + row)
-        normed = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32) * r
-        dy = tl.load(dy_ptr + row * dy_stride + column, mask=mask, other=0.0).to(tl.float32)
+    dw = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    first, step = tl.program_id(0) * ROWS, tl.num_programs(0) * ROWS
+    for start in tl.range(first, M, step, num_stages=STAGES):
+        row = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        here = mask & (row < M)
+        r = tl.load(r_ptr + row, mask=row < M, other=0.0)
+        normed = tl.load(x_ptr + row * x_stride + column, mask=here, other=0.0).to(tl.float32) * r
+        dy = tl.load(dy_ptr + row * dy_stride + column, mask=here, other=0.0).to(tl.float32)
         g = dy * w
-        dx = r * (g - normed * (tl.sum(g * normed, axis=0) / D))
-        tl.store(dx_ptr + row * D + column, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        dx = r * (g - normed * (tl.sum(g * normed, axis=1)[:, None] / D))
+        if ADD:
+            dx += tl.load(d_total_ptr + row * d_total_stride + column, mask=here, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + row * D + column, dx.to(dx_ptr.dtype.element_ty), mask=here)
+        if LOW:
+            tl.store(low_ptr + row * D + column, dx.to(low_ptr.dtype.element_ty), mask=here)
         dw += dy * normed
-    tl.store(dw_ptr + tl.program_id(0) * D + column, dw, mask=mask)
+    tl.store(dw_ptr + tl.program_id(0) * D + tl.arange(0, BLOCK), tl.sum(dw, axis=0), mask=tl.arange(0, BLOCK) < D)
 
 
 def _block(d: int) -> tuple[int, int]:
@@ -98,25 +144,68 @@ def _block(d: int) -> tuple[int, int]:
     return block, min(16, max(1, block // 512))
 
 
+ROWS, STAGES, PROGRAMS = 1, 1, 4  # of _backward: rows at a time, loads ahead, programs a multiprocessor. From a sweep
+
+
+def _launch_forward(
+    x: Tensor, delta: Tensor | None, weight: Tensor, total: Tensor, y: Tensor, r: Tensor, eps: float
+) -> None:
+    (m, d), (block, warps) = x.shape, _block(x.shape[1])
+    second = x if delta is None else delta
+    if m:
+        _forward[(m,)](x, second, weight, total, y, r, m, d, x.stride(0), second.stride(0), eps, delta is not None, block,
+                       num_warps=warps)  # fmt: skip
+
+
+def _launch_backward(
+    dy: Tensor, d_total: Tensor | None, x: Tensor, weight: Tensor, r: Tensor, low: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, the same in ``low``, dw."""
+    (m, d), dx = x.shape, x.new_empty(x.shape)
+    other = dx if low in (None, dx.dtype) else x.new_empty(x.shape, dtype=low)
+    if m == 0:
+        return dx, other, torch.zeros_like(weight)
+    (block, warps), second = _block(d), dy if d_total is None else d_total
+    programs = min(m, PROGRAMS * multiprocessors(x.device))
+    parts = x.new_empty((programs, d), dtype=torch.float32)
+    _backward[(programs,)](dy, second, x, weight, r, dx, other, parts, m, d, dy.stride(0), second.stride(0), x.stride(0),
+                           d_total is not None, other is not dx, ROWS, STAGES, block, num_warps=warps)  # fmt: skip
+    return dx, other, parts.sum(0).to(weight.dtype)
+
+
 @registered("rms_norm")
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    (m, d), (y, r) = x.shape, _empty(x, out_dtype)
-    block, warps = _block(d)
-    if m:
-        _forward[(m,)](x, weight, y, r, m, d, x.stride(0), eps, block, num_warps=warps)
+    y, r = _empty(x, out_dtype)
+    _launch_forward(x, None, weight, x, y, r, eps)
     return y, r
 
 
 @registered("rms_norm_backward")
 def _rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    (m, d), dx = x.shape, x.new_empty(x.shape)
-    if m == 0:
-        return dx, torch.zeros_like(weight)
-    block, warps = _block(d)
-    programs = min(m, 4 * multiprocessors(x.device))
-    parts = x.new_empty((programs, d), dtype=torch.float32)
-    _backward[(programs,)](dy, x, weight, r, dx, parts, m, d, dy.stride(0), x.stride(0), block, num_warps=warps)
-    return dx, parts.sum(0).to(weight.dtype)
+    dx, _, dw = _launch_backward(dy, None, x, weight, r)
+    return dx, dw
+
+
+class _Residual(torch.autograd.Function):
+    """x + delta (or x itself) and its norm: the gradients of both meet in the one pass that backward is."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out_dtype: torch.dtype | None):
+        (y, r), total = _empty(x, out_dtype), x if delta is None else x.new_empty(x.shape)
+        _launch_forward(x, delta, weight, total, y, r, eps)
+        ctx.save_for_backward(total, weight, r)
+        ctx.low = None if delta is None else delta.dtype
+        ctx.set_materialize_grads(False)
+        return (x.view_as(x) if delta is None else total), y
+
+    @staticmethod
+    def backward(ctx, d_total: Tensor | None, dy: Tensor | None):
+        x, weight, r = ctx.saved_tensors
+        if dy is None:
+            return d_total, None if ctx.low is None or d_total is None else d_total.to(ctx.low), None, None, None
+        d_total = None if d_total is None else d_total.contiguous()
+        dx, low, dw = _launch_backward(dy.contiguous(), d_total, x, weight, r, ctx.low)
+        return dx, None if ctx.low is None else low, dw, None, None
 
 
 def _empty(x: Tensor, out_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:

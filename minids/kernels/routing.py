@@ -118,7 +118,8 @@ def _router(logits_ptr, bias_ptr, weights_ptr, indices_ptr, scores_ptr, load_ptr
         indices = tl.where(slot == i, index[:, None].to(tl.int64), indices)
         choice = tl.where(struck, float("-inf"), choice)
         load += (struck & mask).to(tl.int32)
-    tl.atomic_add(load_ptr + expert, tl.sum(load, axis=0).to(tl.int64))  # integers: their order changes nothing
+    load = tl.sum(load, axis=0)
+    tl.atomic_add(load_ptr + expert, load.to(tl.int64), mask=load > 0)  # integers: their order changes nothing
     weights = scale * chosen / (tl.sum(chosen, axis=1)[:, None] + 1e-20)
     out, mask = row[:, None] * K + slot, mask & (slot < K)
     tl.store(weights_ptr + out, weights, mask=mask)
@@ -151,6 +152,9 @@ def _backward(d_weights_ptr, d_scores_ptr, weights_ptr, indices_ptr, scores_ptr,
     tl.store(out_ptr + at, d * scores * (1.0 - scores), mask=mask)
 
 
+ROUTER = (8, 4)  # tokens and warps of a program
+
+
 @registered("router")
 def _router_op(
     logits: Tensor, bias: Tensor, n_group: int, topk_group: int, k: int, scale: float
@@ -159,10 +163,11 @@ def _router_op(
     weights, indices, scores, load = found = _empty(logits, k)
     load.zero_()
     if n:
-        k_power, rows = 1 << (k - 1).bit_length(), 8
+        k_power, (rows, warps) = 1 << (k - 1).bit_length(), ROUTER
         _router[(cdiv(n, rows),)](
-            logits, bias, weights, indices, scores, load, n, scale, e, n_group, topk_group, k, k_power, rows, num_warps=4
-        )
+            logits, bias, weights, indices, scores, load, n, scale, e, n_group, topk_group, k, k_power, rows,
+            num_warps=warps,
+        )  # fmt: skip
     return found
 
 

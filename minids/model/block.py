@@ -49,8 +49,9 @@ class Block(nn.Module):
     def forward(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Routing | None]:
         if block_decode.applies(self, x_BTD, context):
             return block_decode.layer(self, x_BTD, context)
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), context.rope, context.mask, context.cache,
-                                       self.index, context.positions, context.absorb)  # fmt: skip
-        normed = self.post_attention_layernorm(x_BTD)
+        x_BTD, normed = self.input_layernorm(x_BTD, residual=True)
+        attended = self.self_attn(normed, context.rope, context.mask, context.cache, self.index, context.positions,
+                                  context.absorb)  # fmt: skip
+        x_BTD, normed = self.post_attention_layernorm(x_BTD, attended, residual=True)
         out, routing = self.mlp(normed, context.cache, self.index) if self.is_moe else (self.mlp(normed), None)
         return x_BTD + out, routing

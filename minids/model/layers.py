@@ -58,17 +58,33 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.eps_tensor = torch.tensor(eps, dtype=torch.float32, device="cpu")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, delta: Tensor | None = None, residual: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of x. ``residual``: x + delta (x without one) and its norm, whose gradients meet in one pass."""
+        if residual:
+            return self._residual(x, delta)
         if uses_kernels(x) and x.dtype in KERNEL_DTYPES:
-            device = x.device.type
-            out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
             rows = x.reshape(-1, x.shape[-1])
-            return kernels.rms_norm(rows, self.weight, self.eps, out_dtype=out_dtype).view(x.shape)
+            return kernels.rms_norm(rows, self.weight, self.eps, out_dtype=autocast_dtype(x)).view(x.shape)
         if torch.is_grad_enabled() and x.is_cpu:
             return _RMSNorm.apply(x, self.weight, self.eps)
         if x.is_cpu and x.dtype == self.weight.dtype == torch.float32:
             return normalise(x, self.eps_tensor).mul_(self.weight)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)  # one dtype: CUDA's fused kernel asks
+
+    def _residual(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        same = delta is None or torch.promote_types(x.dtype, delta.dtype) == x.dtype
+        if not (uses_kernels(x) and x.dtype in KERNEL_DTYPES and same):
+            total = x if delta is None else x + delta
+            return total, self.forward(total)
+        rows = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, delta)]
+        found = kernels.rms_norm_residual(*rows, self.weight, self.eps, out_dtype=autocast_dtype(x))
+        return tuple(t.view(x.shape) for t in found)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Autocast's dtype on x's device, if it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -13,7 +13,9 @@ from minids.fp8.attention import Fp8MLA, Heads
 from minids.fp8.feedforward import Fp8Experts, Fp8MLP
 from minids.fp8.products import Simulated
 from minids.fp8.recipe import RECIPES
+from minids.fp8.saved import Again, Source
 from minids.infer import generate
+from minids.model.layers import RMSNorm
 from minids.published import plan
 from minids.train.optim import OptimConfig, Optimizer
 
@@ -91,6 +93,45 @@ def test_heads_made_again_for_a_fused_attention_change_no_bit_and_are_not_kept(m
         again, found = gradients(to_fp8(copy.deepcopy(twin)), rows[:1], **options)
         assert again == loss and all(torch.equal(found[name], grads[name]) for name in grads)
         assert sizes.count(tuple) >= 3 * 3  # q, k and v of three layers
+
+
+def test_what_many_read_is_made_again_once_a_pass():
+    """q_a_proj and kv_a_proj_with_mqa read one norm, routed and shared experts another: backward computes each once."""
+    calls, found = [], []
+
+    class Counted(RMSNorm):
+        def forward(self, x, delta=None, residual=False):
+            calls.append(self)
+            return super().forward(x, delta, residual)
+
+        def _residual(self, x, delta):
+            total = x if delta is None else x + delta
+            return total, RMSNorm.forward(self, total)
+
+    model, rows = model_and_rows(num_nextn_predict_layers=0)
+    norms = [norm for layer in model.main_layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+    for norm in norms:
+        norm.__class__ = Counted
+    loss = to_fp8(model, "v3")(rows[:, :-1], labels=rows[:, 1:]).loss
+    for _ in range(2):  # two passes through one graph
+        calls.clear()
+        model.zero_grad()
+        loss.backward(retain_graph=True)
+        assert sorted(map(id, calls)) == sorted(map(id, norms))
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_again_forgets_when_the_last_reader_has_asked():
+    made, one = [], torch.ones(())
+    again = Again(lambda t: made.append(1) or 2 * t)
+    for _ in range(3):
+        assert Source(again, one).read() is one
+    for turn in (1, 2):
+        assert again(one, lambda x: x + 1, "more") == 3 and again(one) == 2
+        assert again.made.keys() == {None, "more"} and len(made) == turn
+        assert again(one, lambda x: x - 1, "more") == 3  # found, not made
+        assert not again.made
 
 
 def test_recomputing_keeps_less():

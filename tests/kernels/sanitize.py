@@ -49,6 +49,8 @@ def calls(device: str) -> dict[str, Callable[[], object]]:
         "plan_slots": lambda: [kernels.plan_slots(indices, 4, multiple=m) for m in (1, 128)],
         "routed_experts": lambda: experts(normal, indices),
         "rms_norm": lambda: backward(kernels.rms_norm, normal(37, 300).requires_grad_(), torch.ones(300, device=device)),
+        "rms_norm_residual": lambda: residual(normal),
+        "gate_logits": lambda: backward(kernels.gate_logits, normal(37, 300).requires_grad_(), normal(64, 300)),
         "rope_heads": lambda: kernels.rope_heads(
             normal(2, 5, 3, 24), normal(2, 5, 3, 32), normal(2, 5, 8),
             torch.ones(1, 5, 4, dtype=torch.complex64, device=device),
@@ -67,6 +69,12 @@ def calls(device: str) -> dict[str, Callable[[], object]]:
 
 def backward(function: Callable[..., Tensor], x: Tensor, *rest: Tensor) -> None:
     function(x, *rest).float().square().sum().backward()
+
+
+def residual(normal: Callable[..., Tensor]) -> None:
+    x, delta = normal(37, 300, dtype=torch.float32).requires_grad_(), normal(37, 300).requires_grad_()
+    total, y = kernels.rms_norm_residual(x, delta, normal(300), out_dtype=BF16)
+    (total.sum() + y.float().square().sum()).backward()
 
 
 def fp8_products(normal: Callable[..., Tensor]) -> None:

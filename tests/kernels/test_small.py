@@ -5,7 +5,7 @@ import torch
 from numbers_ import error, tame
 
 from minids import ModelConfig
-from minids.kernels import cross_entropy_, linear_cross_entropy, rms_norm, router
+from minids.kernels import cross_entropy_, linear_cross_entropy, rms_norm, rms_norm_residual, router
 from minids.model.router import Gate
 
 BF16 = torch.bfloat16
@@ -28,6 +28,48 @@ def test_rms_norm(where, shape, dtype):
     assert error(made[1].grad, exact[1].grad) < 1e-5
     if shape[1] > 1:  # of one column it is x / |x|: the gradient is the rounding of 0
         assert error(made[0].grad, exact[0].grad) < tolerance
+
+
+KINDS = [(torch.float32, BF16), (torch.float32, torch.float32), (BF16, BF16), (BF16, None)]
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids=str)
+def test_residual(where, kinds):
+    """The sum, its norm, and the gradients of all three, which come from both."""
+    backend, device = where
+    kind, of_delta = kinds
+    x = tame(9, 300, device, dtype=kind)
+    delta = None if of_delta is None else tame(9, 300, device, 1, of_delta)
+    weight, d_total, dy = tame(1, 300, device, 2)[0], tame(9, 300, device, 3, kind), tame(9, 300, device, 4, BF16)
+    made = [None if t is None else t.clone().requires_grad_() for t in (x, delta, weight)]
+    exact = [None if t is None else t.double().requires_grad_() for t in (x, delta, weight)]
+    total, y = rms_norm_residual(*made, 1e-6, out_dtype=BF16, backend=backend)
+    wanted = exact[0] if delta is None else exact[0] + exact[1]
+    wanted_y = wanted * (wanted.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * exact[2]
+    torch.autograd.backward([total, y], [d_total, dy])
+    torch.autograd.backward([wanted, wanted_y], [d_total.double(), dy.double()])
+    assert total.dtype == kind and y.dtype == BF16
+    assert error(total, wanted) < (1e-6 if kind == torch.float32 else 3e-3) and error(y, wanted_y) < 4e-3
+    assert torch.equal(y, rms_norm(total, made[2], 1e-6, out_dtype=BF16, backend=backend))  # made again: the same bits
+    for ours, theirs in zip(made, exact, strict=True):
+        if ours is not None:
+            assert ours.grad.dtype == ours.dtype
+            assert error(ours.grad, theirs.grad) < (1e-5 if ours.dtype == kind == torch.float32 else 4e-3)
+
+
+@pytest.mark.parametrize("of", ["sum", "norm"])
+def test_residual_of_which_one_result_is_used(kernel, of):
+    """As the last layer's, or a layer whose output nobody reads."""
+    x, delta, weight = tame(5, 64, kernel), tame(5, 64, kernel, 1, BF16), tame(1, 64, kernel, 2)[0]
+    found = []
+    for backend in ("triton", "torch"):
+        leaves = [t.clone().requires_grad_() for t in (x, delta, weight)]
+        pair = rms_norm_residual(*leaves, 1e-6, backend=backend)
+        found.append(torch.autograd.grad(pair[of == "norm"].square().sum(), leaves, allow_unused=True))
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert ours.dtype == theirs.dtype and error(ours, theirs) < (1e-5 if ours.dtype == torch.float32 else 4e-3)
 
 
 def logits_of(n, e, device):
