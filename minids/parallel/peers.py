@@ -146,30 +146,35 @@ class ThreadPeers(Peers):
         self.meeting, self.rank, self.size = meeting, rank, len(meeting.table)
         self.per_node = per_node or self.size
 
-    def _show(self, mine: object) -> list:
-        """What all peers showed, in their order."""
+    def _meet(self, mine: object, read: Callable[[list], Tensor]) -> Tensor:
+        """``read`` of what all peers show, in their order; a new tensor. Nobody goes on before all have read: what was
+        shown is others' memory, and they may write to it."""
         self.meeting.table[self.rank] = mine
         self.meeting.barrier.wait()
-        found = list(self.meeting.table)
-        self.meeting.barrier.wait()  # nobody writes the next round over what others still read
+        found = read(list(self.meeting.table))
+        self.meeting.barrier.wait()
         return found
 
     def all_to_all(self, rows, send, receive):
-        shown = self._show(rows.detach().split(list(send)))
-        found = [pieces[self.rank] for pieces in shown]
-        if [len(piece) for piece in found] != list(receive):
-            raise ValueError(f"receive={list(receive)}: the peers send {[len(piece) for piece in found]} rows")
-        return torch.cat(found)
+        def mine(shown: list) -> Tensor:
+            found = [pieces[self.rank] for pieces in shown]
+            if [len(piece) for piece in found] != list(receive):
+                raise ValueError(f"receive={list(receive)}: the peers send {[len(piece) for piece in found]} rows")
+            return torch.cat(found)
+
+        return self._meet(rows.detach().split(list(send)), mine)
 
     def all_reduce(self, tensor):
-        total = torch.stack(self._show(tensor.detach().clone())).sum(0)
-        return tensor.copy_(total)
+        return tensor.copy_(self._meet(tensor.detach().clone(), lambda shown: torch.stack(shown).sum(0)))
 
     def reduce_scatter(self, flat):
-        return torch.stack([other.chunk(self.size)[self.rank] for other in self._show(flat.detach())]).sum(0)
+        def mine(shown: list) -> Tensor:
+            return torch.stack([other.chunk(self.size)[self.rank] for other in shown]).sum(0)
+
+        return self._meet(flat.detach(), mine)
 
     def all_gather(self, piece):
-        return torch.cat(self._show(piece.detach().clone()))
+        return self._meet(piece.detach(), torch.cat)
 
 
 def run_threads(size: int, function: Callable[[int, Callable[[Sequence[int], int], ThreadPeers]], object]) -> list:

@@ -39,7 +39,6 @@ from minids.parallel.dispatch import Wire
 from minids.parallel.experts import ShardedExperts, is_expert, shard_experts
 from minids.parallel.mesh import Mesh
 from minids.parallel.zero import RankOptimizer, ZeroOptimizer
-from minids.pipeline.stages import model_on_meta
 from minids.train.settings import TrainConfig
 from minids.train.step import StepResult, micro_batch, split_rows
 
@@ -83,7 +82,7 @@ class ExpertParallel:
                  wire: Wire | None = None, zero: bool = True, dtype: torch.dtype | None = None,
                  model: Transformer | None = None):  # fmt: skip
         """``model``: one that is sharded already; otherwise weights are drawn as one process would, all of them on every
-        rank for a moment."""
+        rank for a moment. On threads give one: torch's default dtype, which drawing sets, is the whole process's."""
         self.cfg, self.config, self.mesh, self.rank = cfg, config, mesh, mesh.rank
         self.device, self.data = torch.device(config.device), mesh.peers["data"]
         self.dtype = dtype or DTYPES[config.resolved_precision]
@@ -170,10 +169,12 @@ class ExpertParallel:
 
     def gather_model(self) -> Transformer | None:
         """On rank 0 the whole model, on the CPU, which `minids.checkpoint.save` writes; None elsewhere. All call it."""
-        whole = model_on_meta(self.cfg, self.dtype)
-        found = self.gather(self.model.state_dict(), whole.state_dict())
+        state = self.model.state_dict()
+        found = self.gather(state, state)
         if found is None:
             return None
+        with torch.device("meta"):
+            whole = Transformer(self.cfg).to(self.dtype)
         whole.load_state_dict(found, assign=True)
         if self.cfg.tie_word_embeddings:
             whole.lm_head.weight = whole.model.embed_tokens.weight
