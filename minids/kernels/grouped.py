@@ -12,6 +12,8 @@ is the most there can be, and a first small kernel lists the tiles: cumulate the
 the number of sums at or below i. Programs beyond the last tile end at once. Rows of a tile
 beyond its expert's end belong to the next one: they are computed and not stored.
 
+On Hopper `grouped_gluon` computes the same, faster: there the roles within one program overlap.
+
 Layout: X (M, K) row-major; W (E, N, K) with unit stride along K, or along N (W.transpose(1, 2) of a stored (E, K, N)): so
 the input gradient dX = dY W is the same call with w.transpose(1, 2). Row strides are multiples of 16 bytes.
 Shapes: M rows (token slots), E experts, N output channels, K input channels.
@@ -24,6 +26,7 @@ from minids.kernels.backend import (
     OUT_DTYPES,
     TensorDescriptor,
     asked,
+    capability,
     cdiv,
     check,
     check_ends,
@@ -136,7 +139,7 @@ def _find_tiles(ends_ptr, tiles_ptr, E, BM: tl.constexpr, EXPERTS: tl.constexpr)
 @jit(varying=("E", "m_tiles"))
 def _grouped(x_desc, w_desc, out_ptr, tiles_ptr, N, K, E, m_tiles,
              BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-             K_MAJOR: tl.constexpr):
+             K_MAJOR: tl.constexpr, CLEAR: tl.constexpr):
     n_tiles = tl.cdiv(N, BN)
     m_tile, n_tile = tile_of(tl.program_id(0), m_tiles, n_tiles, GROUP)
     expert = tl.load(tiles_ptr + m_tile * 3)
@@ -148,7 +151,9 @@ def _grouped(x_desc, w_desc, out_ptr, tiles_ptr, N, K, E, m_tiles,
         if K_MAJOR:
             w = w_desc.load([expert * N + n_tile * BN, k]).T  # rows beyond N: the next expert's, not stored
         else:
-            w = w_desc.load([expert * K + k, n_tile * BN])  # rows beyond K: times the zeros beyond x's columns
+            w = w_desc.load([expert * K + k, n_tile * BN])
+            if CLEAR:  # rows beyond K are the next expert's, and zeros beyond x's columns times infinity are NaN
+                w = tl.where((k + tl.arange(0, BK) < K)[:, None], w.to(tl.float32), 0.0).to(tl.bfloat16)
         total = tl.dot(x, w, total)
     store_tile(out_ptr, total, row, n_tile * BN, end, N, BM, BN)
 
@@ -203,7 +208,7 @@ def launch(x: Tensor, w: Tensor, ends: Tensor, config: dict[str, int], tiles: Te
     tiles = find_tiles(ends, m, c["BM"]) if tiles is None else tiles
     _grouped[(len(tiles) * cdiv(n, c["BN"]),)](
         TensorDescriptor.from_tensor(x, [c["BM"], c["BK"]]), TensorDescriptor.from_tensor(stored, box), out, tiles, n, k, e,
-        len(tiles), K_MAJOR=k_major, **c,
+        len(tiles), K_MAJOR=k_major, CLEAR=not k_major and k % c["BK"] > 0, **c,
     )  # fmt: skip
     return out
 
@@ -221,6 +226,11 @@ def launch_wgrad(dy: Tensor, x: Tensor, ends: Tensor, out_dtype: torch.dtype, co
     return out
 
 
+def prefers_gluon(columns: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `grouped_gluon` runs: on Hopper, if the rows of the result are whole 16 bytes."""
+    return columns * dtype.itemsize % 16 == 0 and capability(device)[0] == 9
+
+
 @registered("grouped_gemm")
 def _grouped_gemm(x: Tensor, w: Tensor, ends: Tensor, tiles: Tensor | None = None) -> Tensor:
     check_rows("x", x)
@@ -228,13 +238,23 @@ def _grouped_gemm(x: Tensor, w: Tensor, ends: Tensor, tiles: Tensor | None = Non
     check_rows("w", stored)
     if stored.stride(0) != stored.shape[1] * stored.stride(1):
         raise ValueError(f"w: got strides {w.stride()} for shape {tuple(w.shape)}, expected experts one behind the other")
-    return launch(x, w, ends, FORWARD if w.stride(2) == 1 else DGRAD, tiles)
+    (_, n, k), k_major = w.shape, w.stride(2) == 1
+    # Not where N-major blocks of W reach beyond K: they hold the next expert's rows, which `launch` clears.
+    if len(x) and prefers_gluon(n, x.dtype, x.device) and (k_major or k % 64 == 0):
+        from minids.kernels import grouped_gluon  # needs Triton, which is optional
+
+        return grouped_gluon.gemm(x, w, ends, find_tiles(ends, len(x), TILE) if tiles is None else tiles)
+    return launch(x, w, ends, FORWARD if k_major else DGRAD, tiles)
 
 
 @registered("grouped_wgrad")
 def _grouped_wgrad(dy: Tensor, x: Tensor, ends: Tensor, out_dtype: torch.dtype) -> Tensor:
     check_rows("dy", dy)
     check_rows("x", x)
+    if len(x) and prefers_gluon(x.shape[1], out_dtype, x.device):
+        from minids.kernels import grouped_gluon
+
+        return grouped_gluon.wgrad(dy, x, ends, out_dtype)
     return launch_wgrad(dy, x, ends, out_dtype, WGRAD)
 
 

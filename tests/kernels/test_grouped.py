@@ -65,6 +65,14 @@ def test_infinity_stays_with_its_expert(kernel):
     assert dw[0].isfinite().all() and not dw[1].isfinite().any()
 
 
+def test_infinity_of_another_experts_matrix(kernel):
+    """72 channels are no whole blocks: those behind them are the next expert's, if W has unit stride along N."""
+    x, w = tame(200, 72, kernel, dtype=BF16), tame(2 * 72, 136, kernel, 1, BF16).view(2, 72, 136)
+    w[1] = torch.inf
+    out = grouped_gemm(x, w.transpose(1, 2), int32([70, 200], kernel), backend="triton")
+    assert out[:70].isfinite().all() and not out[70:].isfinite().any()
+
+
 def test_gradients_are_those_of_the_reference(where):
     backend, device = where
     ends = int32([0, 70, 70, 200], device)
