@@ -42,10 +42,8 @@ def moe_layers(limits: Limits) -> Builders:
                 s_slots = s.t().index_select(1, plan.token_M).t()
                 both = kernels.grouped_fp8_gemm(slots, s_slots, *up_q, plan.ends_E)
                 y = kernels.grouped_fp8_gemm(*kernels.swiglu_quantize(both, weight_M), *down_q, plan.ends_E)
-            else:
-                both = kernels.grouped_gemm(x.index_select(0, plan.token_M), up, plan.ends_E)
-                y = kernels.grouped_gemm(kernels.swiglu(both, weight_M), down, plan.ends_E)
-            return kernels.combine(y, plan.slot_NK)
+                return kernels.combine(y, plan.slot_NK)
+            return kernels.routed_experts(x, weights, up, down, plan.token_M, plan.slot_NK, plan.ends_E, plan.choice_M)
 
         def peer() -> Tensor:
             both = torch._grouped_mm(x.index_select(0, plan.token_M), up.transpose(1, 2), offs=plan.ends_E)
