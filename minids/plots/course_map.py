@@ -72,7 +72,7 @@ def _draw_arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float]) 
 
 @styled
 def system_map(data: Mapping) -> Figure:
-    """The system and the course: stages, parts, and the notebook that covers each; dashed boxes are to come.
+    """The system and the course: stages, parts, and the notebook that covers each; dashed boxes are to come, if any.
 
     Args:
         data: ``title``; ``rows`` with ``title``, ``boxes`` (see ``BOX_KEYS``; ``column`` counts from the left) and a
@@ -95,9 +95,10 @@ def system_map(data: Mapping) -> Figure:
     for start, end in data["arrows"]:
         _draw_arrow(ax, placed[start][1:], placed[end][1:])
     ax.text(0, BOX_HEIGHT + 4.6, data["title"], fontsize=14, weight="bold", color=INK, va="center")
-    ax.legend(handles=[Patch(facecolor=PALE, edgecolor=BLUE, label="notebook of this number: here"),
-                       Patch(facecolor="white", edgecolor=GREY, linestyle="--", label="to come")],
-              loc="center right", ncols=2, fontsize=8.5, borderaxespad=0,
+    handles = [Patch(facecolor=PALE, edgecolor=BLUE, label="built from nothing in the notebook of this number")]
+    if not all(box["ready"] for box, _, _ in placed.values()):
+        handles.append(Patch(facecolor="white", edgecolor=GREY, linestyle="--", label="to come"))
+    ax.legend(handles=handles, loc="center right", ncols=2, fontsize=8.5, borderaxespad=0,
               bbox_to_anchor=(columns * COLUMN - COLUMN + BOX_WIDTH, BOX_HEIGHT + 4.6), bbox_transform=ax.transData)
     ax.set(xlim=(-1, width - 3), ylim=(bottom - 1, bottom + height - 1), aspect="equal")
     ax.axis("off")
