@@ -27,13 +27,14 @@ FIGURES = re.compile(r'"\.\./(figures[^"]*)"')
 NEIGHBOUR = re.compile(r"\]\((\d\d_\w+)\.ipynb\)")
 HOME_ONLY = re.compile(r"^(# NBVAL_IGNORE_OUTPUT|assert not missing, .*)\n?", re.M)  # notebook 00 looks for its neighbours
 
-ABOUT = """*This is an assignment. Points: {points}. Replace what the exercises give you, keep the functions' names and
-arguments, and run the cell below each: it says what is wrong. Everything else may be changed and added to while you try
-things; when the assignment is graded, all of the lesson's own cells are put back and run in order, so an answer may use
-what the lesson defines, and each cell has {seconds} seconds.*"""
+ABOUT = """*This is an assignment. Points: {points}.*
+
+*Replace what the exercises give you, keep the functions' names and arguments, and run the cell below each: it says what
+is wrong. Everything else may be changed and added to while you try things. For grading, the lesson's own cells are put
+back as they were and all cells run in order: an answer may use what the lesson defines, and a cell has {seconds} seconds.*
+"""
 
 REGION = """
-
 ### BEGIN SOLUTION
 {}
 ### END SOLUTION"""
@@ -152,7 +153,7 @@ def answer_cells(cell: dict, name: str, solution: str | None) -> list[dict]:
 
 def test_cell(cell: dict, number: int, points: int) -> dict:
     """A check that fails for an exercise that was not attempted."""
-    return code(cell["id"], f"from minids.classroom import listen, settle\n\nlisten({number})\n{moved(text(cell))}\n"
+    return code(cell["id"], f"from minids.classroom import listen, settle\n\nlisten({number})\n\n{moved(text(cell))}\n\n"
                 f"settle({number})  # fails unless the line above says: correct", points)  # fmt: skip
 
 

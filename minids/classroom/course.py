@@ -12,7 +12,9 @@ Then, in OUT, with nbgrader installed (``pip install nbgrader==0.9.6`` beside mi
     nbgrader generate_feedback 03_router       a page a student, in feedback/
     nbgrader export                            all points as a table
 
-Students need minids installed as well. Grading a submission runs the whole lesson, which takes about a minute.
+Students need minids as well; for `nbgrader validate` on their side, whose limit is 30 s a cell, they set
+``c.Execute.timeout`` as the course does. Grading runs the whole lesson, 10 to 110 s on one core, and with it whatever a
+student wrote, with the rights of who grades: do it in a container or an account that holds nothing else.
 
 Simplification: an existing assignment is replaced as a folder, not merged with what a teacher changed in it.
 """
@@ -33,6 +35,7 @@ CONFIG = f'''"""nbgrader's settings for this course. It is yours: it is written 
 import os
 import secrets
 
+os.environ["CI"] = "1"  # no progress bars on the pages of feedback
 c = get_config()  # noqa: F821  nbgrader gives it
 
 c.CourseDirectory.course_id = "minids"
