@@ -16,7 +16,8 @@ Students need minids as well; for `nbgrader validate` on their side, whose limit
 ``c.Execute.timeout`` as the course does. Grading runs the whole lesson, 10 to 110 s on one core, and with it whatever a
 student wrote, with the rights of who grades: do it in a container or an account that holds nothing else.
 
-Simplification: an existing assignment is replaced as a folder, not merged with what a teacher changed in it.
+Simplifications: an existing assignment is replaced as a folder, not merged with what a teacher changed in it. And checks
+show what they compare with, as in the notebooks: these are assignments to learn from, no examination.
 """
 
 import json
