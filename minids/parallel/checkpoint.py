@@ -26,7 +26,6 @@ from minids.model.transformer import Transformer
 from minids.parallel.dispatch import Wire
 from minids.parallel.experts import is_expert, shard_experts
 from minids.parallel.mesh import Mesh
-from minids.pipeline.stages import model_on_meta
 from minids.published import Entry, entries_of
 from minids.shards import CONFIG, Header, open_shard, read_headers
 from minids.train.optim import Optimizer
@@ -58,7 +57,8 @@ def load(folder: str | Path, mesh: Mesh, dispatch: str = "two_hop", wire: Wire |
     stored = read_headers(folder)
     fp8 = checkpoint._check_quantization(folder, cfg.quantization_config)
     cfg, stored = checkpoint._choose_mtp(folder, cfg, stored, "auto")
-    model = model_on_meta(cfg, dtype or checkpoint._stored_dtype(stored))
+    with torch.device("meta"):  # not by torch's default dtype, which is shared by threads
+        model = Transformer(cfg).to(dtype or checkpoint._stored_dtype(stored))
     wanted = checkpoint._check_tensors(folder, entries_of(model, fp8, torch.bfloat16), stored, cfg)
     shard_experts(model, mesh, dispatch, wire)
     model.to_empty(device=device or torch.get_default_device())

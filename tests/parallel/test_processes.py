@@ -1,0 +1,147 @@
+"""Four gloo processes: every dispatch is one process, and `train --expert-parallel` writes the losses of one, resumed on
+the same ranks, on others, and on one. A job beside this file starts the processes, because only a process that has run no
+backward may be forked."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minids import checkpoint
+from minids.data import DataConfig
+from minids.parallel.check import CASES
+from minids.pipeline.check import tiny_config
+from minids.train.settings import RecipeConfig, TrainConfig
+from minids.train.trainer import train
+
+HERE = Path(__file__).parent
+
+
+def run_job(argument: Path) -> None:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
+    done = subprocess.run([sys.executable, str(HERE / "expert_job.py"), str(argument)], env=env, timeout=240,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_dispatch_over_processes_is_one_process(tmp_path):
+    run_job(tmp_path)
+    found = {line["case"]: line for line in json.loads((tmp_path / "check.json").read_text())}
+    assert found.keys() == {case.name for case in CASES}
+    for case in CASES:
+        line = found[case.name]
+        if case.wire.combine == "exact":
+            assert line["gradient"] < 1e-5 and line["losses"] < 2e-6 and line["grad_norm"] < 1e-5, line
+            assert line["loads_equal"] and line["bias"] == 0 and line["ib_rows"] == line["ib_rows_expected"]
+            assert line["next_loss"] < 1e-4
+        else:  # parts of a sum in BF16
+            assert 1e-5 < line["gradient"] < 0.5 and line["losses"] < 0.01
+    plain = [case for case in CASES if case.replicas == 1 and case.wire.dispatch == "exact"]
+    rows = {case.dispatch: found[case.name]["ib_rows"] for case in plain}
+    assert rows["flat"] > rows["once"] > rows["two_hop"] > 0
+    exact, fp8 = found["two hops, ZeRO-1"], found["FP8 there"]
+    hidden = tiny_config(3).hidden_size
+    assert exact["ib_bytes"] == exact["ib_rows"] * 4 * hidden and fp8["ib_bytes"] == fp8["ib_rows"] * (hidden + 1)
+
+
+TINY = ("hidden_size=32", "num_hidden_layers=3", "intermediate_size=48", "moe_intermediate_size=16",
+        "num_attention_heads=2", "q_lora_rank=16", "kv_lora_rank=16", "qk_nope_head_dim=8", "qk_rope_head_dim=8",
+        "v_head_dim=8", "n_routed_experts=8", "num_experts_per_tok=2", "n_group=4", "topk_group=2")  # fmt: skip
+
+
+@pytest.fixture
+def settings(tmp_path) -> dict:
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(40):
+        lines = [f"    total_{j} = first * {i * j % 17} + second / {j + 1}" for j in range(20)]
+        (text / f"{i}.py").write_text("\n".join([f"def function_{i}(first, second):", *lines, ""]))
+    data = {"corpus": "folder", "path": str(text), "vocab_size": 300, "min_chars": 1, "valid_fraction": 0.1,
+            "cache_dir": str(tmp_path / "cache")}  # fmt: skip
+    recipe = {"tokens": 4 * 8 * 16 + 3 * 16, "sequence_length": 16, "batch": 8, "batch_start": 8, "warmup_steps": 1}
+    return {"data": data, "recipe": recipe, "model": TINY, "sample_tokens": 0, "eval_every": 2, "eval_rows": 4,
+            "save_every": 2, "micro_batch": 2}  # fmt: skip
+
+
+def train_on_one(out: Path, settings: dict, **changes) -> Path:
+    parts = {"data": DataConfig(**settings["data"]), "recipe": RecipeConfig(**settings["recipe"])}
+    train(TrainConfig(out=out, **settings | parts | changes))
+    return out
+
+
+def stopped_after_two(run: Path, folder: Path) -> Path:
+    """A copy of a run of four steps as a kill behind its second step's checkpoint would leave it."""
+    shutil.copytree(run, folder)
+    shutil.rmtree(folder / "step-4")
+    (folder / "latest").write_text("step-2\n")
+    return folder
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()][:4]
+
+
+def test_training_writes_the_losses_of_one_process_and_goes_on_anywhere(tmp_path, settings):
+    one = train_on_one(tmp_path / "one", settings)
+    runs = [{"out": str(tmp_path / "four"), "expert_parallel": 4}]
+    (tmp_path / "settings.json").write_text(json.dumps([settings | run for run in runs]))
+    run_job(tmp_path)
+    four = tmp_path / "four"
+    assert losses(four) == pytest.approx(losses(one), abs=2e-5)
+    assert not list(four.glob("*.tmp"))
+    a, b = checkpoint.load(four / "step-4").state_dict(), checkpoint.load(one / "step-4").state_dict()
+    assert a.keys() == b.keys() and all(torch.allclose(a[key], b[key], atol=5e-4) for key in a)
+
+    same, other = (stopped_after_two(four, tmp_path / name) for name in ("same", "other"))
+    runs = [{"out": str(same), "expert_parallel": 4, "resume": True},
+            {"out": str(other), "expert_parallel": 2, "expert_dispatch": "flat", "resume": True}]  # fmt: skip
+    (tmp_path / "settings.json").write_text(json.dumps([settings | run for run in runs]))
+    run_job(tmp_path)
+    assert losses(same) == losses(four)
+    for file in ("model-00001-of-000001.safetensors", "trainer.safetensors"):
+        x, y = load_file(same / "step-4" / file), load_file(four / "step-4" / file)
+        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x if not k.startswith("rng/")), file
+    assert losses(other) == pytest.approx(losses(four), abs=2e-5)
+
+    alone = train_on_one(stopped_after_two(four, tmp_path / "alone"), settings, resume=True)
+    assert losses(alone) == pytest.approx(losses(one), abs=2e-5)
+
+
+@pytest.mark.parametrize("changes, ranks, message", [
+    ({"expert_parallel": 3}, "4", "ep=3: allowed are divisors of world / pp = 4"),
+    ({"expert_parallel": 4, "model": ("n_routed_experts=6", "n_group=1", "topk_group=1")}, "4",
+     "ep=4: allowed are divisors of n_experts=6"),
+    ({"expert_parallel": 2}, "3", "ep=2: allowed are divisors of world / pp = 3"),
+    ({"expert_parallel": 1}, "3", "a global batch of 8 sequences on 3 data ranks: allowed are multiples of 3"),
+    ({"expert_parallel": 4, "balance": ("noisy",)}, "4", "balance: noisy"),
+])  # fmt: skip
+def test_settings_that_cannot_work_are_refused_before_anything_is_read(monkeypatch, tmp_path, changes, ranks, message):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    with pytest.raises(ValueError, match=message):
+        train(TrainConfig(out=tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_torchrun_it_says_how_to_start(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match="torchrun --nproc-per-node 4 -m minids train --expert-parallel"):
+        train(TrainConfig(expert_parallel=4))
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"expert_parallel": 0}, "expert_parallel = 0: must be at least 1"),
+    ({"expert_parallel": 2, "pipeline": "dualpipe"}, "with pipeline = 'dualpipe': must be one of the two"),
+    ({"expert_wire": "v3"}, "need --expert-parallel EP"),
+    ({"expert_parallel": 2, "expert_wire": "fp4"}, "expert_wire = 'fp4': must be one of exact, v3"),
+])  # fmt: skip
+def test_settings_name_what_is_wrong(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**changes)

@@ -1,0 +1,93 @@
+"""A published checkpoint read by ranks: their slices of the whole, and no other expert's bytes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minids import checkpoint
+from minids.model.transformer import Transformer
+from minids.parallel import checkpoint as sharded
+from minids.parallel.experts import is_expert
+from minids.parallel.mesh import Layout, run_on_threads
+from minids.parallel.step import ExpertParallel
+from minids.pipeline.check import tiny_config
+from minids.published import entries_of
+from minids.shards import CheckpointError, read_headers
+from minids.train.optim import OptimConfig
+from minids.train.settings import TrainConfig
+
+CFG = tiny_config(3, hidden_size=128, moe_intermediate_size=160, tie_word_embeddings=False)
+FOUR = Layout(4, 4, gpus_per_node=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Small shards, so that experts of several ranks share some and scales may lie apart."""
+    torch.manual_seed(0)
+    model = Transformer(CFG)
+    for gate in model.routers():
+        gate.e_score_correction_bias.normal_()
+    out = tmp_path_factory.mktemp("checkpoint")
+    for name, fp8 in (("plain", False), ("fp8", True)):
+        checkpoint.save(model, out / name, fp8=fp8, max_shard_bytes=300_000)
+    return out
+
+
+@pytest.mark.parametrize("name, dtype", [("plain", None), ("fp8", None), ("fp8", torch.float32), ("plain", torch.bfloat16)])
+def test_each_rank_reads_its_slice_of_the_whole(folder, name, dtype):
+    whole = checkpoint.load(folder / name, dtype=dtype)
+    ranks = run_on_threads(FOUR, lambda mesh: (mesh.experts(8), sharded.load(folder / name, mesh, dtype=dtype)))
+    for held, model in ranks:
+        state, wanted = model.state_dict(), whole.state_dict()
+        assert state.keys() == wanted.keys() and len(held) == 2
+        for key, want in wanted.items():
+            want = want[held.start : held.stop] if is_expert(key) else want
+            assert state[key].dtype == want.dtype and torch.equal(state[key], want), key
+
+
+def test_a_rank_reads_no_more_than_its_share(folder):
+    stored, whole = read_headers(folder / "plain"), checkpoint.load(folder / "plain")
+    entries = entries_of(whole, False, torch.float32)
+    experts = sum(e.bytes for e in entries if is_expert(e.source))
+    others = sum(e.bytes for e in entries if not is_expert(e.source) and not e.is_copy)
+
+    def work(mesh):
+        model = sharded.load(folder / "plain", mesh)
+        return sharded.fill(model, folder / "plain", sharded.own_entries(entries, mesh.experts(8)), stored)
+
+    assert run_on_threads(FOUR, work) == [experts // 4 + others] * 4
+
+
+def test_a_gathered_model_is_saved_as_published_and_read_back(folder, tmp_path):
+    config = TrainConfig(device="cpu", precision="fp32", optim=OptimConfig())
+
+    def work(mesh):
+        model = sharded.load(folder / "plain", mesh)
+        return ExpertParallel(model.cfg, config, mesh, model=model).gather_model()
+
+    first, *others = run_on_threads(Layout(4, 2), work)
+    assert others == [None] * 3
+    checkpoint.save(first, tmp_path / "again")
+    old, new = ({k: v for f in sorted((root).glob("*.safetensors")) for k, v in load_file(f).items()}
+                for root in (folder / "plain", tmp_path / "again"))  # fmt: skip
+    assert old.keys() == new.keys() and all(torch.equal(old[key], new[key]) for key in old)
+
+
+def test_an_expert_of_another_rank_that_is_missing_is_missed_by_all(folder, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(folder / "plain", broken)
+    index = broken / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    lost = "model.layers.2.mlp.experts.7.up_proj.weight"
+    file = broken / values["weight_map"].pop(lost)
+    tensors = load_file(file)
+    del tensors[lost]
+    from safetensors.torch import save_file
+
+    save_file(tensors, file)
+    index.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"missing \(1\): model.layers.2.mlp.experts.7.up_proj.weight"):
+        run_on_threads(FOUR, lambda mesh: sharded.load(broken, mesh))
