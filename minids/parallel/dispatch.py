@@ -70,8 +70,12 @@ def decode(rows: Tensor, kind: str, hidden: int, dtype: torch.dtype) -> Tensor:
         return rows.view(torch.bfloat16 if kind == "bf16" else dtype).to(dtype)
     if not len(rows):
         return torch.empty(0, hidden, dtype=dtype, device=rows.device)
-    scale_inv = (rows[:, hidden:].to(torch.int32) << 23).view(torch.float32)
-    return dequantize(rows[:, :hidden].contiguous().view(torch.float8_e4m3fn), scale_inv, (1, BLOCK), dtype)
+    q, scale_inv = rows[:, :hidden].view(torch.float8_e4m3fn), (rows[:, hidden:].to(torch.int32) << 23).view(torch.float32)
+    if hidden % BLOCK:
+        return dequantize(q, scale_inv, (1, BLOCK), dtype)
+    x = q.to(dtype)  # times a power of two: exact in BF16 too
+    x.unflatten(1, (-1, BLOCK)).mul_(scale_inv.to(dtype).unsqueeze(-1))
+    return x
 
 
 def sum_rows(y_SD: Tensor, source_S: Tensor, n: int) -> Tensor:
