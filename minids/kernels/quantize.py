@@ -256,6 +256,12 @@ def _empty_scale(x: Tensor, m: int, k: int, column_major: bool) -> Tensor:
     return x.new_empty((m, cdiv(k, TILE)), dtype=torch.float32)
 
 
+def as_column_major(scale_inv: Tensor) -> Tensor:
+    """Scales as `column_major=True` makes them, which the copy engine can read: these, if they are, or a copy."""
+    ready = scale_inv.stride(0) == 1 and scale_inv.stride(1) % 4 == 0 and scale_inv.data_ptr() % 16 == 0
+    return scale_inv if ready else _column_major(scale_inv)
+
+
 def _column_major(scale_inv: Tensor) -> Tensor:
     m, n_tiles = scale_inv.shape
     return _empty_scale(scale_inv, m, n_tiles * TILE, True).copy_(scale_inv)
