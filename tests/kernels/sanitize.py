@@ -30,8 +30,8 @@ def calls(device: str) -> dict[str, Callable[[], object]]:
     indices = torch.randint(0, 4, (37, 2), generator=generator).to(device)
     return {
         "quantize_tile": lambda: [kernels.quantize_tile(normal(37, 300), column_major=c) for c in (False, True)],
-        "quantize_tile_t": lambda: kernels.quantize_tile_t(normal(37, 300)),
-        "quantize_tile_both": lambda: kernels.quantize_tile_both(normal(133, 304), column_major=True),
+        "quantize_tile_t": lambda: [kernels.quantize_tile_t(normal(37, k)) for k in (256, 300)],
+        "quantize_tile_both": lambda: [kernels.quantize_tile_both(normal(133, k), column_major=True) for k in (256, 304)],
         "quantize_block": lambda: kernels.quantize_block(normal(200, 304)),
         "dequantize_block": lambda: kernels.dequantize_block(*kernels.quantize_block(normal(200, 304))),
         "fp8_gemm": lambda: fp8_products(normal),

@@ -113,3 +113,27 @@ def test_large(shape, out_dtype):
     out = fp8_gemm(*args, out_dtype=out_dtype)
     assert error(out, gemm_fp8.reference(*args)) < 1e-3 + ROUNDING[out_dtype]
     assert torch.equal(out, fp8_gemm(*args, out_dtype=out_dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("rows", [False, True], ids=["block", "rows"])
+@pytest.mark.parametrize("column_major", [False, True], ids=["row-major", "column-major"])
+@pytest.mark.parametrize("shape", [(4096, 2112, 384), (1000, 1032, 2960), (150, 128, 128), (3000, 1024, 1152)], ids=str)
+def test_any_number_of_blocks(shape, column_major, rows):
+    """1, 3, 9 and 24 blocks of K: whole turns of products and what is left; scales in both orders."""
+    args = factors(*shape, "cuda", rows, column_major)
+    torch.empty(64 << 20, device="cuda").fill_(torch.nan)
+    out = fp8_gemm(*args, out_dtype=torch.float32)
+    assert error(out, gemm_fp8.reference(*args)) < 1e-3
+    assert torch.equal(out, fp8_gemm(*args, out_dtype=torch.float32))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_scales_that_the_copy_engine_cannot_read():
+    """A part of larger factors, whose scales start between two multiples of 16 bytes: they are copied first."""
+    a, a_scale, b, b_scale = factors(340, 264, 640, "cuda", rows=True)
+    args = (a[1:], a_scale[1:], b, b_scale)
+    assert a_scale[1:].stride(0) == 1 and a_scale[1:].data_ptr() % 16
+    assert error(fp8_gemm(*args, out_dtype=torch.float32), gemm_fp8.reference(*args)) < 1e-3
