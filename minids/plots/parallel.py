@@ -30,8 +30,9 @@ def _lanes(ax: Axes, centre: float, width: float, labels: Sequence[str], above: 
     for rank, label in enumerate(labels):
         ax.add_patch(FancyBboxPatch((centre - width / 2, rank - 0.3), width, 0.6, boxstyle="round,pad=0.05",
                                     facecolor="#f4f6f8", edgecolor=GREY, linewidth=0.8))  # fmt: skip
-        ax.text(centre, rank - 0.43, label, ha="center", va="bottom", fontsize=7.5, color=GREY)
-    ax.text(centre, -1.0, above, ha="center", va="bottom", fontsize=10, color=INK)
+        ax.text(centre, rank - 0.43, label, ha="center", va="bottom", fontsize=7.5, color=INK, zorder=5,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})
+    ax.text(centre, -0.75, above, ha="center", va="bottom", fontsize=10, color=INK)
 
 
 @styled
@@ -61,8 +62,8 @@ def round_trip(tokens: Sequence[str], visits: Mapping[str, Sequence[int]], exper
                 for home in (columns[0], columns[2]):
                     ax.plot((home + dx, x), (rank, to), color=colour, linewidth=0.9, alpha=0.75, zorder=2)
     for x, what in ((2.2, "dispatch"), (7.0, "combine")):
-        ax.text(x, -1.0, what, ha="center", va="bottom", fontsize=10, style="italic", color=INK)
-    ax.set(xlim=(-0.95, 10.15), ylim=(len(tokens) - 0.5, -1.15))
+        ax.text(x, -0.75, what, ha="center", va="bottom", fontsize=10, style="italic", color=INK)
+    ax.set(xlim=(-0.95, 10.15), ylim=(len(tokens) - 0.5, -0.95))
     ax.axis("off")
     return fig
 
@@ -210,10 +211,10 @@ def sorted_loads(loads: Mapping[str, Sequence[float]], unit: str) -> Figure:
 
 @styled
 def memory_layouts(rows: Mapping[str, Mapping[str, float]], limit: float, unit: str = "GB a GPU") -> Figure:
-    """What a GPU keeps of a model under each layout, stacked, on a logarithmic line of totals: bars of very different
-    length are cut at three times the ``limit`` (a GPU's memory), their total is written beside them."""
+    """What a GPU keeps of a model under each layout, stacked. Bars are cut at 3.4 times the ``limit`` (a GPU's memory); the
+    total is written beside each."""
     fig, ax = plt.subplots(figsize=(8.6, 0.44 * len(rows) + 1.3))
-    cut, colours = 3 * limit, (BLUE, GREEN, ORANGE, PURPLE)
+    cut, colours = 3.4 * limit, (BLUE, GREEN, ORANGE, PURPLE)
     names = list(dict.fromkeys(name for pieces in rows.values() for name in pieces))
     for y, pieces in enumerate(rows.values()):
         start = 0.0
@@ -223,11 +224,11 @@ def memory_layouts(rows: Mapping[str, Mapping[str, float]], limit: float, unit: 
             start = end
         total = sum(pieces.values())
         ax.text(start, y, f" {total:,.0f}" + (" (cut)" if total > cut else ""), va="center", fontsize=8.5)
-    ax.axvline(limit, color=RED, linestyle="--", linewidth=1.2)
+    line = ax.axvline(limit, color=RED, linestyle="--", linewidth=1.2, label=f"a GPU's {limit:.0f} GB")
     ax.set(yticks=range(len(rows)), yticklabels=list(rows), xlabel=unit, xlim=(0, 1.15 * cut))
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     handles = [Patch(facecolor=c, label=n) for c, n in zip(colours, names, strict=False)]
-    handles.append(Patch(facecolor=RED, label=f"a GPU's {limit:.0f} GB"))
+    handles.append(line)
     fig.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
     return fig

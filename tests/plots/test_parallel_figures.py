@@ -51,7 +51,7 @@ def test_bars_are_stacked_and_totals_written():
     assert [t.get_text().strip() for t in ax.texts] == ["7", "2"]
     layouts = {"all": {"weights": 100, "gradients": 500}, "part": {"weights": 20, "activations": 5}}
     ax = plots.memory_layouts(layouts, limit=80).axes[0]
-    assert [(x, width) for x, _, width in boxes(ax)] == [(0, 100), (100, 140), (240, 0), (0, 20), (20, 0), (20, 5)]
+    assert [(x, width) for x, _, width in boxes(ax)] == [(0, 100), (100, 172), (272, 0), (0, 20), (20, 0), (20, 5)]
     assert [t.get_text().strip() for t in ax.texts] == ["600 (cut)", "25"]
 
 
