@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from minids.fp8.dispatch import pack, row_bytes
 from minids.fp8.quantize import BLOCK, dequantize, quantize_tile
-from minids.parallel import dispatch
+from minids.parallel import dispatch, timing
 from minids.parallel.dispatch import Hop, Wire, decode, encode
 from minids.parallel.experts import ROADS, build_road
 from minids.parallel.mesh import Layout, run_on_threads
@@ -196,6 +196,27 @@ def test_rows_in_another_order_than_announced_are_seen(monkeypatch):
 
     monkeypatch.setattr(Hop, "of_rows", classmethod(shuffled))
     assert run_all("flat") > 0.1
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_timing_counts_what_leaves_a_rank_and_checks_before_it_times(road, monkeypatch):
+    layout, cpu = Layout(4, 4, gpus_per_node=2), torch.device("cpu")
+    found = run_on_threads(layout, lambda mesh: timing.measure(mesh, road, "FP8 there", 16, 256, cpu, rounds=1))
+    for rank, one in enumerate(found):
+        experts = timing.routed(16, 256, 4, rank, cpu)[2]
+        copies = count_copies(experts, 256, 2, 4, torch.full((16,), rank))
+        away = int((experts // 64 != rank).sum())
+        other_gpus = sum(len(set(row) - {rank}) for row in (experts // 64).tolist())
+        if road == "two_hop":  # the second hop's rows are of everybody's tokens
+            assert one.rows >= int(copies.ib.sum())
+        else:
+            assert one.rows == {"flat": away, "once": other_gpus}[road]
+            assert one.bytes_there == one.rows * (256 + 2)
+        assert min(one.dispatch, one.combine, one.wire_there, one.wire_back) > 0
+    assert sum(one.bytes_back for one in found) == sum(one.rows for one in found) * 2 * 256
+    monkeypatch.setattr(dispatch, "sum_rows", lambda y, source, n, real=dispatch.sum_rows: 2 * real(y, source, n))
+    with pytest.raises(RuntimeError, match="tokens came home changed"):
+        run_on_threads(layout, lambda mesh: timing.measure(mesh, road, "BF16", 16, 256, cpu, rounds=1))
 
 
 @pytest.mark.parametrize("call, message", [

@@ -86,7 +86,8 @@ def test_memory_of_sliced_state_is_what_the_optimizer_holds():
         return (sum(m.nbytes for m in optimizer.masters.values()),
                 sum(state[key].nbytes for state in states for key in ("exp_avg", "exp_avg_sq")))  # fmt: skip
 
-    memory = training_memory(cfg, layout)
+    memory, p = training_memory(cfg, layout), Parameters.of(cfg)
+    assert memory.gradients == 4 * (p.experts / 2 + p.dense)  # no pipeline, no second copy
     bias = 3 * 8 / 4  # the planner counts the balancing bias as a parameter
     for master, moments in run_on_threads(layout, work):
         assert memory.master - 4 * bias <= master <= memory.master + 4 * 8  # filled up to the ranks
