@@ -12,7 +12,8 @@ Memory of training, bytes on each GPU:
     activations    micro-batches in flight x layers here x tokens x (what V3's recomputation leaves of a token)
 
 Wires, a token and layer, each way: FP8 there, BF16 back, to M (1 - 1/nodes) other nodes over InfiniBand and to K (1 -
-1/GPUs) other GPUs over NVLink, evenly chosen. Times beside them: minids/pipeline/chunk.py.
+1/GPUs) other GPUs over NVLink, evenly chosen. Scales are counted as 4 bytes, as in nodes.py; as one byte, which is how
+dispatch.py sends a power of two, a row is 2% shorter. Times beside them: minids/pipeline/chunk.py.
 
 Serving: every expert slot of every layer lies on a GPU; `ServingUnit` divides. The end of decoding speed with one expert a
 device and full overlap of two micro-batches [2505.09343 2.3.2] is pure wire time:

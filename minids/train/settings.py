@@ -24,10 +24,11 @@ from minids.pipeline.schedules import NAMES
 from minids.train.optim import OptimConfig
 from minids.train.recipe import Recipe
 
-# A resumed run may change these: they leave the sequence of weights and losses as it is (a pipeline: but for the order of
-# sums).
+# A resumed run may change these: they leave the sequence of weights and losses as it is (a pipeline or many ranks: but for
+# the order of sums, and for what rows lose on expert_wire).
 FREE_ON_RESUME = {"resume", "overwrite", "out", "name", "keep", "save_every", "prompts", "sample_tokens", "pipeline",
-                  "pipeline_layers", "pipeline_chunks", "cuda_graph", "expert_parallel", "expert_dispatch"}
+                  "pipeline_layers", "pipeline_chunks", "cuda_graph", "expert_parallel", "expert_dispatch",
+                  "expert_wire"}
 @dataclass
 class RecipeConfig:
     """V3's schedule on a budget of `tokens`; see minids.train.recipe."""
