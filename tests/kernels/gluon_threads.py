@@ -70,7 +70,7 @@ class Kernel:
             engine.start()
             try:
                 for program in itertools.product(*(range(n) for n in grid)):
-                    HERE.program, HERE.products = program, []
+                    HERE.program, HERE.products, HERE.grid = program, [], grid
                     self.function(*args)
             finally:
                 COPIES.put(None)
@@ -86,10 +86,10 @@ def jit(function=None, **_):
 
 def warp_specialize(partitions, warps, registers):
     assert len(warps) == len(registers) == len(partitions) - 1
-    program = HERE.program
+    program, grid = HERE.program, HERE.grid
 
     def run(function, args):
-        HERE.program, HERE.products = program, []
+        HERE.program, HERE.products, HERE.grid = program, [], grid
         try:
             function(*args)
         except BaseException:
@@ -119,6 +119,9 @@ class Value(torch.Tensor):
     def type(self):
         return SimpleNamespace(layout=None)
 
+    def split(self):
+        return self.unbind(-1)
+
 
 def value(x):
     return torch.as_tensor(x).as_subclass(Value)
@@ -134,6 +137,9 @@ class Pointer:
 
     def __add__(self, offset):
         return Pointer(self.data, self.offset + plain(offset))
+
+    def __sub__(self, offset):
+        return self + -offset
 
 
 def load_global(pointer, mask=None, other=0):
@@ -159,6 +165,11 @@ class Shared:
     def _reinterpret(self, dtype, shape, layout):
         return Shared(self.flat.view(dtype).view(shape).view(-1), shape)
 
+    def slice(self, start, length, dim=0):
+        """A part of a matrix."""
+        here = self.shape[:dim] + [length] + self.shape[dim + 1:]
+        return Part(self, (slice(None),) * dim + (slice(start, start + length),), here)
+
     def permute(self, order):
         assert order == (1, 0)
         return SimpleNamespace(read=lambda: self.read().t())
@@ -181,6 +192,22 @@ class Shared:
         assert list(x.shape) == self.shape, f"{list(x.shape)} into {self.shape}"
         with LOCK:
             self.logical().copy_(plain(x).to(self.dtype).view(self.logical().shape))
+
+
+class Part(Shared):
+    """Some rows or columns of a matrix, in its memory."""
+
+    def __init__(self, whole, inside, shape):
+        self.whole, self.inside, self.shape, self.dtype = whole, inside, shape, whole.dtype
+
+    def read(self):
+        return self.whole.read()[self.inside]
+
+    def store(self, x):
+        with LOCK:
+            matrix = self.whole.read().clone()
+            matrix[self.inside] = plain(x).to(self.dtype)
+            self.whole.store(matrix)
 
 
 def allocate_shared_memory(dtype, shape, layout):
@@ -231,9 +258,10 @@ def wait(barrier, phase):
     pause()
 
 
-def arrive(barrier, count=1):
+def arrive(barrier, count=1, pred=True):
     pause()
-    barrier.only().change(count, 0)
+    if pred:
+        barrier.only().change(count, 0)
 
 
 # ---- copies ----
@@ -242,14 +270,14 @@ def arrive(barrier, count=1):
 class Descriptor:
     def __init__(self, base, block, layout):
         self.base, self.block, self.layout, self.dtype = base, block, layout, base.dtype
+        self.block_shape = block
         self.block_type = SimpleNamespace(nbytes=torch.Size(block).numel() * base.element_size())
 
     from_tensor = classmethod(lambda cls, base, block, layout: cls(base, block, layout))
 
 
 def copy_in(descriptor, corner, barrier, target):
-    with LOCK:
-        target.flat.fill_(torch.nan)
+    target.store(torch.full(target.shape, torch.nan))
     COPIES.put((time.monotonic() + 5 * PAUSE * random.random(), descriptor, [int(x) for x in corner], barrier, target))
 
 
@@ -281,10 +309,10 @@ def deliver(descriptor, corner, barrier, target):
 
 
 def copy_out(descriptor, corner, source):
-    which, row, column = (int(x) for x in corner)
-    matrix = Shared(source.flat, source.shape[1:]).read()
-    inside = descriptor.base[which, row : row + matrix.shape[0], column : column + matrix.shape[1]]
-    inside.copy_(matrix[: inside.shape[0]])
+    *which, row, column = (int(x) for x in corner)
+    matrix = Shared(source.flat, source.shape[-2:]).read()
+    inside = descriptor.base[(*which, slice(row, row + matrix.shape[0]), slice(column, column + matrix.shape[1]))]
+    inside.copy_(matrix[: inside.shape[0], : inside.shape[1]])
 
 
 # ---- products ----
@@ -315,8 +343,8 @@ def warpgroup_mma_wait(outstanding=0, deps=()):
         _, *operands = HERE.products.pop(0)
         assert all(torch.equal(operand(x), then) for x, then in operands), "an operand changed before its product was done"
     pending = [out for out, *_ in HERE.products]
-    assert not any(dep is out for dep in deps for out in pending), "the wait is for other products"
-    found = [value(dep.total) if isinstance(dep, Unfinished) else dep for dep in deps]
+    done = [isinstance(dep, Unfinished) and not any(dep is out for out in pending) for dep in deps]
+    found = [value(dep.total) if ready else dep for dep, ready in zip(deps, done, strict=True)]  # else: still unfinished
     return found[0] if len(found) == 1 else tuple(found)
 
 
@@ -346,6 +374,8 @@ LANGUAGE = SimpleNamespace(
     sum=lambda x, axis: x.sum(axis), exp2=torch.exp2, log2=torch.log2, convert_layout=lambda x, layout: x,
     allocate_shared_memory=allocate_shared_memory, warp_specialize=warp_specialize, inline_asm_elementwise=anything,
     NVMMADistributedLayout=anything, DotOperandLayout=anything, SliceLayout=anything, SwizzledSharedLayout=anything,
+    cdiv=lambda a, b: -(-a // b), num_programs=lambda axis: HERE.grid[axis], zeros_like=torch.zeros_like, exp=torch.exp,
+    thread_barrier=anything,
     BlockedLayout=anything, NVMMASharedLayout=SimpleNamespace(get_default_for=anything),
 )  # fmt: skip
 HOPPER = SimpleNamespace(
