@@ -23,7 +23,7 @@ In a weight gradient the summed index is the expert's rows. Of the last 64 some 
 write zeros over them, in both factors, before they multiply (0 times infinity is no zero).
 
 Problem, equation and floors of the others are those of `grouped`, whose references are the specification. Hopper only
-(capability 9.x), not in Triton's CPU interpreter.
+(capability 9.x), not in Triton's CPU interpreter; tests run it on threads, too (`tests/kernels/gluon_threads.py`).
 
 Shapes: M rows (token slots), E experts, N output channels, K summed channels, F expert width.
 """

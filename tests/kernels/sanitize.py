@@ -91,13 +91,15 @@ def grouped_products(normal: Callable[..., Tensor], ends: Tensor) -> None:
     w = normal(4, 136, 72)
     kernels.grouped_gemm(normal(133, 72), w, ends)
     kernels.grouped_gemm(normal(133, 136), w.transpose(1, 2), ends)
+    kernels.grouped_gemm(normal(133, 64), normal(4, 64, 72).transpose(1, 2), ends)  # whole blocks of 64 channels
 
 
 def experts(normal: Callable[..., Tensor], indices: Tensor) -> None:
     choice, token, slot, ends = kernels.plan_slots(indices, 4)
-    leaves = [normal(37, 72), normal(37, 2, dtype=torch.float32), normal(4, 48, 72), normal(4, 72, 24)]
-    out = kernels.routed_experts(*(leaf.requires_grad_() for leaf in leaves), token, slot, ends, choice)
-    out.float().square().sum().backward()
+    for width in (24, 128):  # on Hopper SwiGLU of the second is part of the product
+        leaves = [normal(37, 72), normal(37, 2, dtype=torch.float32), normal(4, 2 * width, 72), normal(4, 72, width)]
+        out = kernels.routed_experts(*(leaf.requires_grad_() for leaf in leaves), token, slot, ends, choice)
+        out.float().square().sum().backward()
 
 
 def decode(normal: Callable[..., Tensor], device: str, heads: int) -> Tensor:
