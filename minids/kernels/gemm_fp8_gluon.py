@@ -53,25 +53,17 @@ def _tile_of(index, tiles_ptr, m_tiles, n_tiles, M, N, K, E, GROUP: gl.constexpr
              BM: gl.constexpr):
     """Tile number `index`: its expert, first rows in A, B and C, column of tiles, and the blocks of K to sum over."""
     expert, begin, end = 0, 0, gl.cdiv(K, 128)
-    first_row = 0
     if KIND == "wgrad":  # every expert has all tiles of C, and blocks of K of its own; tiles_ptr: where they end
         expert = index // (m_tiles * n_tiles)
         index = index % (m_tiles * n_tiles)
         begin = gl.load(tiles_ptr + expert - 1, mask=expert > 0, other=0) // 128
         end = gl.load(tiles_ptr + expert) // 128
-        first_row = expert * M
-    if KIND == "split":  # every one of E parts has all tiles of C, and as many blocks of K
-        part = index // (m_tiles * n_tiles)
-        index = index % (m_tiles * n_tiles)
-        begin = part * gl.cdiv(end, E)
-        end = gl.minimum(end, begin + gl.cdiv(end, E))
-        first_row = part * m_tiles * BM
     in_group = GROUP * n_tiles
     first = index // in_group * GROUP
     height = gl.minimum(m_tiles - first, GROUP)
     m_tile, n_tile = first + index % in_group % height, index % in_group // height
     a_row = m_tile * BM
-    b_row, c_row = n_tile * 128, first_row + a_row
+    b_row, c_row = n_tile * 128, expert * M + a_row
     if KIND == "grouped":
         expert = gl.load(tiles_ptr + m_tile * 3)
         a_row = gl.load(tiles_ptr + m_tile * 3 + 1)
@@ -151,31 +143,13 @@ def _turn(total, a_buffers, b_buffers, as_buffers, bs_buffers, full, empty, b_sc
 
 
 @gluon.jit
-def _store(total, c_buffer, c_desc, c_ptr, a_row, c_row, n_tile, M, N, layout: gl.constexpr, KIND: gl.constexpr,
-           DIRECT: gl.constexpr):
-    """One consumer's part of a tile: through shared memory and the copy engine, or directly from registers."""
-    if DIRECT:
-        m, n = gl.arange(0, 64, gl.SliceLayout(1, layout)), n_tile * 128 + gl.arange(0, 128, gl.SliceLayout(0, layout))
-        c_ptrs = c_ptr + (c_row + m).to(gl.int64)[:, None] * N + n[None, :]
-        if (a_row + 64 <= M) & (n_tile * 128 + 128 <= N):
-            gl.store(c_ptrs, total)
-        else:
-            gl.store(c_ptrs, total, mask=(a_row + m < M)[:, None] & (n < N)[None, :])
-    else:
-        tma.store_wait(0)  # of this consumer's last tile
-        c_buffer.store(total.to(c_desc.dtype))
-        fence_async_shared()
-        if KIND != "wgrad" or a_row < M:  # the rows after an expert's last are the next expert's
-            tma.async_copy_shared_to_global(c_desc, [c_row, n_tile * 128], c_buffer)
-
-
-@gluon.jit
 def _consume(used, GROUP: gl.constexpr, STAGES: gl.constexpr, KIND: gl.constexpr, B_ROWS: gl.constexpr,
-             CONSUMERS: gl.constexpr, TURN: gl.constexpr, DIRECT: gl.constexpr, PART: gl.constexpr):
-    (a_buffers, b_buffers, as_buffers, bs_buffers, c_buffers, c_desc, c_ptr, full, empty, b_scale_ptr, tiles_ptr,
+             CONSUMERS: gl.constexpr, TURN: gl.constexpr, PART: gl.constexpr):
+    (a_buffers, b_buffers, as_buffers, bs_buffers, c_buffers, c_desc, full, empty, b_scale_ptr, tiles_ptr,
      tiles, m_tiles, M, N, K, E, b_stride_e, b_stride_n, b_stride_k) = used  # fmt: skip
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
     zero = gl.zeros([64, 128], gl.float32, layout)
+    c_buffer = c_buffers.index(PART)
     step = 0
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
         expert, a_row, _, c_row, n_tile, k, end = _tile_of(
@@ -199,23 +173,24 @@ def _consume(used, GROUP: gl.constexpr, STAGES: gl.constexpr, KIND: gl.constexpr
                               b_stride_k, step, zero, layout, PART, STAGES, B_ROWS, CONSUMERS, 1)  # fmt: skip
                 step += 1
                 k += 1
-        _store(total, c_buffers.index(0 if DIRECT else PART), c_desc, c_ptr, a_row + PART * 64, c_row + PART * 64, n_tile,
-               M, N, layout, KIND, DIRECT)  # fmt: skip
-    if not DIRECT:
-        tma.store_wait(0)
+        tma.store_wait(0)  # of this consumer's last tile
+        c_buffer.store(total.to(c_desc.dtype))
+        fence_async_shared()
+        if KIND != "wgrad" or a_row + PART * 64 < M:  # the rows after an expert's last are the next expert's
+            tma.async_copy_shared_to_global(c_desc, [c_row + PART * 64, n_tile * 128], c_buffer)
+    tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["tiles", "m_tiles", "M", "E", "b_stride_e"])
-def _gemm(a_desc, b_desc, as_desc, bs_desc, c_desc, c_ptr, b_scale_ptr, tiles_ptr, tiles, m_tiles, M, N, K, E,
+def _gemm(a_desc, b_desc, as_desc, bs_desc, c_desc, b_scale_ptr, tiles_ptr, tiles, m_tiles, M, N, K, E,
           b_stride_e, b_stride_n, b_stride_k,
           GROUP: gl.constexpr, STAGES: gl.constexpr, KIND: gl.constexpr, B_ROWS: gl.constexpr, CONSUMERS: gl.constexpr,
-          TURN: gl.constexpr, DIRECT: gl.constexpr):
+          TURN: gl.constexpr):
     a_buffers = gl.allocate_shared_memory(a_desc.dtype, [STAGES * CONSUMERS, 64, 128], a_desc.layout)
     b_buffers = gl.allocate_shared_memory(b_desc.dtype, [STAGES, 128, 128], b_desc.layout)
     as_buffers = gl.allocate_shared_memory(gl.float32, [STAGES * CONSUMERS, 1, 64], as_desc.layout)
     bs_buffers = gl.allocate_shared_memory(gl.float32, [STAGES if B_ROWS else 1, 1, 128], bs_desc.layout)
-    c_buffers = gl.allocate_shared_memory(
-        c_desc.dtype, [1, 8, 128] if DIRECT else [CONSUMERS, 64, 128], c_desc.layout)  # fmt: skip
+    c_buffers = gl.allocate_shared_memory(c_desc.dtype, [CONSUMERS, 64, 128], c_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -224,38 +199,35 @@ def _gemm(a_desc, b_desc, as_desc, bs_desc, c_desc, c_ptr, b_scale_ptr, tiles_pt
     fence_async_shared()
     copied = (a_desc, b_desc, as_desc, bs_desc, a_buffers, b_buffers, as_buffers, bs_buffers, full, empty, tiles_ptr, tiles,
               m_tiles, M, N, K, E)  # fmt: skip
-    used = (a_buffers, b_buffers, as_buffers, bs_buffers, c_buffers, c_desc, c_ptr, full, empty, b_scale_ptr, tiles_ptr,
+    used = (a_buffers, b_buffers, as_buffers, bs_buffers, c_buffers, c_desc, full, empty, b_scale_ptr, tiles_ptr,
             tiles, m_tiles, M, N, K, E, b_stride_e, b_stride_n, b_stride_k)  # fmt: skip
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (_consume, (used, GROUP, STAGES, KIND, B_ROWS, CONSUMERS, TURN, DIRECT, 0)),
-            (_consume, (used, GROUP, STAGES, KIND, B_ROWS, CONSUMERS, TURN, DIRECT, 1)),
+            (_consume, (used, GROUP, STAGES, KIND, B_ROWS, CONSUMERS, TURN, 0)),
+            (_consume, (used, GROUP, STAGES, KIND, B_ROWS, CONSUMERS, TURN, 1)),
             (_produce, (copied, GROUP, STAGES, KIND, B_ROWS, CONSUMERS)),
         ], [4, 1], [232, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (used, GROUP, STAGES, KIND, B_ROWS, CONSUMERS, TURN, DIRECT, 0)),
-            (_consume, (used, GROUP, STAGES, KIND, B_ROWS, CONSUMERS, TURN, DIRECT, 1)),
-            (_consume, (used, GROUP, STAGES, KIND, B_ROWS, CONSUMERS, TURN, DIRECT, 2)),
+            (_consume, (used, GROUP, STAGES, KIND, B_ROWS, CONSUMERS, TURN, 0)),
+            (_consume, (used, GROUP, STAGES, KIND, B_ROWS, CONSUMERS, TURN, 1)),
+            (_consume, (used, GROUP, STAGES, KIND, B_ROWS, CONSUMERS, TURN, 2)),
             (_produce, (copied, GROUP, STAGES, KIND, B_ROWS, CONSUMERS)),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
 
 class Cut(NamedTuple):
-    """How a product is cut: consumers (64 rows of a tile each), products a turn, buffers, rows of tiles in a group, and
-    whether the result is stored from registers instead of through shared memory."""
+    """How a product is cut: consumers (64 rows of a tile each), products a turn, buffers, rows of tiles in a group."""
 
     consumers: int = 2
     turn: int = 4
     stages: int = 5
     group: int = 8
-    direct: bool = False
 
 
 # From sweeps on an H200. FP32 results of 128 x 128 take twice the room in shared memory: one buffer less.
 TALL, SHORT = Cut(consumers=3, turn=1, stages=4), Cut()
 FLOAT32, WGRAD, GROUPED, GROUPED_WGRAD = Cut(stages=4), Cut(turn=2, stages=4), Cut(group=4), Cut(turn=2, stages=4)
-PARTS = Cut(turn=2, stages=4)
 
 
 def cut_for(m: int, n: int, k: int, processors: int) -> Cut:
@@ -296,23 +268,13 @@ def grouped_wgrad(
     return out
 
 
-def in_parts(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, splits: int, cut: Cut = PARTS
-) -> Tensor:
-    """`splits` sums over parts of K, (splits, M rounded up to 128, N) float32: for few rows and a long K."""
-    m_tiles = cdiv(len(a), 128)
-    parts = a.new_empty((splits, m_tiles * 128, len(b)), dtype=torch.float32)
-    _launch(a, a_scale, b, b_scale, parts, a_scale, splits, m_tiles, "split", cut)
-    return parts
-
-
 def _launch(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor, tiles_of: Tensor, e: int, m_tiles: int, kind: str,
     cut: Cut,
 ) -> None:  # fmt: skip
     (m, k), n = a.shape, b.shape[-2]
     b_rows = b_scale.ndim == 2 and len(b_scale) == n
-    tiles = m_tiles * cdiv(n, 128) * (e if kind in ("wgrad", "split") else 1)
+    tiles = m_tiles * cdiv(n, 128) * (e if kind == "wgrad" else 1)
     a_scale, out = as_column_major(a_scale), out.view(-1, n)
     as_desc = _descriptor(a_scale.t(), 1, 64)
     if b_rows:
@@ -320,9 +282,9 @@ def _launch(
     bs_desc = _descriptor(b_scale.t(), 1, 128) if b_rows else as_desc
     b_stride_e = b_scale.stride(0) if kind == "grouped" else 0
     _gemm[(min(tiles, multiprocessors(a.device)),)](
-        _descriptor(a, 64, 128), _descriptor(b.view(-1, k), 128, 128), as_desc, bs_desc, _descriptor(out, 64, 128), out,
-        b_scale, tiles_of, tiles, m_tiles, m, n, k, e, b_stride_e, *b_scale.stride()[-2:],
-        cut.group, cut.stages, kind, b_rows, cut.consumers, cut.turn, cut.direct, num_warps=4,
+        _descriptor(a, 64, 128), _descriptor(b.view(-1, k), 128, 128), as_desc, bs_desc, _descriptor(out, 64, 128), b_scale,
+        tiles_of, tiles, m_tiles, m, n, k, e, b_stride_e, *b_scale.stride()[-2:],
+        cut.group, cut.stages, kind, b_rows, cut.consumers, cut.turn, num_warps=4,
     )  # fmt: skip
 
 

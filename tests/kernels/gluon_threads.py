@@ -15,6 +15,7 @@ Layouts of shared memory are those of the copy engine: a matrix wider than 128 b
 
 import importlib.util
 import itertools
+import math
 import queue
 import random
 import sys
@@ -325,7 +326,8 @@ class Unfinished:
 
 def operand(x):
     with LOCK:
-        return (plain(x) if isinstance(x, torch.Tensor) else x.read()).clone()
+        found = plain(x) if isinstance(x, torch.Tensor) else x.read()
+        return found.float() if found.itemsize == 1 else found.clone()  # torch cannot compare FP8
 
 
 def warpgroup_mma(a, b, acc, *, use_acc=True, is_async=False):
@@ -363,6 +365,19 @@ def anything(*_, **__):
     return None
 
 
+def assembly(text, constraints, inputs, **_):
+    """Products and sums that are written as assembly; the rest has no effect that could be checked."""
+    *factors, summand = (plain(x) for x in inputs)
+    return value(math.prod(factors) + summand) if "fma.rn.f32" in text else None
+
+
+class Layout:
+    def __init__(self, **_):
+        pass
+
+    get_default_for = anything
+
+
 LANGUAGE = SimpleNamespace(
     constexpr=lambda x=None: x, static_range=range, bfloat16=torch.bfloat16, float32=torch.float32, int64=torch.int64,
     int32=torch.int32, program_id=lambda axis: value(HERE.program[axis]), load=load_global, store=store_global,
@@ -372,11 +387,11 @@ LANGUAGE = SimpleNamespace(
     where=lambda c, a, b: value(torch.where(torch.as_tensor(c), torch.as_tensor(a), torch.as_tensor(b))),
     maximum=either(torch.maximum, max), minimum=either(torch.minimum, min), max=lambda x, axis: x.amax(axis),
     sum=lambda x, axis: x.sum(axis), exp2=torch.exp2, log2=torch.log2, convert_layout=lambda x, layout: x,
-    allocate_shared_memory=allocate_shared_memory, warp_specialize=warp_specialize, inline_asm_elementwise=anything,
+    allocate_shared_memory=allocate_shared_memory, warp_specialize=warp_specialize, inline_asm_elementwise=assembly,
     NVMMADistributedLayout=anything, DotOperandLayout=anything, SliceLayout=anything, SwizzledSharedLayout=anything,
     cdiv=lambda a, b: -(-a // b), num_programs=lambda axis: HERE.grid[axis], zeros_like=torch.zeros_like, exp=torch.exp,
     thread_barrier=anything,
-    BlockedLayout=anything, NVMMASharedLayout=SimpleNamespace(get_default_for=anything),
+    BlockedLayout=anything, NVMMASharedLayout=Layout, float8e4nv=torch.float8_e4m3fn,
 )  # fmt: skip
 HOPPER = SimpleNamespace(
     fence_async_shared=anything, warpgroup_mma=warpgroup_mma, warpgroup_mma_wait=warpgroup_mma_wait,

@@ -1,0 +1,90 @@
+"""The FP8 products' Gluon kernel on the CPU (see `gluon_threads`): its sums and its barriers; and errors do show."""
+
+from pathlib import Path
+
+import gluon_threads
+import pytest
+import torch
+from numbers_ import error, tame
+
+import minids.kernels
+from minids.kernels import gemm_fp8, grouped_fp8, quantize_block, quantize_tile, quantize_tile_t
+
+SOURCE = Path(minids.kernels.__file__).parent / "gemm_fp8_gluon.py"
+# Consumers, products a turn, buffers, rows of tiles in a group: each way through the kernel.
+CUTS = [(2, 4, 5, 8), (2, 8, 4, 1), (2, 2, 3, 8), (3, 1, 4, 2)]
+ENDS = [0, 256, 256, 1152, 1280]
+
+
+def check_dense(kernels, cut, rows=False, shape=(333, 264, 1152)):
+    m, n, k = shape
+    a, w = quantize_tile(tame(m, k, "cpu")), tame(n, k, "cpu", 1)
+    b = quantize_tile(w, column_major=True) if rows else quantize_block(w)
+    out = kernels.gemm(*a, *b, torch.float32, kernels.Cut(*cut))
+    assert error(out, gemm_fp8.reference(*a, *b)) < 1e-6
+
+
+def check_wgrad(kernels, cut, n=192):
+    dy, x = (quantize_tile_t(tame(ENDS[-1], width, "cpu", width), column_major=True) for width in (n, 136))
+    ends = torch.tensor(ENDS, dtype=torch.int32)
+    out = kernels.grouped_wgrad(*dy, *x, ends, kernels.Cut(*cut))
+    assert error(out, grouped_fp8.wgrad_reference(*dy, *x, ends)) < 1e-6
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return gluon_threads.load(SOURCE)
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize("rows", [False, True], ids=["block", "rows"])
+def test_dense(kernels, cut, rows):
+    check_dense(kernels, cut, rows)
+
+
+def test_one_block_of_k(kernels):
+    check_dense(kernels, CUTS[0], shape=(140, 136, 128))
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_weight_gradient(kernels, cut):
+    """An expert's last tile reaches beyond its 192 rows."""
+    check_wgrad(kernels, cut)
+
+
+def test_grouped(kernels):
+    a = quantize_tile(tame(ENDS[-1], 384, "cpu"), column_major=True)
+    b = quantize_block(tame(5 * 192, 384, "cpu", 1).view(5, 192, 384))
+    tiles = [(e, row, end) for e, (start, end) in enumerate(zip([0, *ENDS[:-1]], ENDS, strict=True))
+             for row in range(start, end, 128)]  # fmt: skip
+    tiles = torch.tensor(tiles + [(5, 0, 0)] * 3, dtype=torch.int32)
+    out = kernels.grouped(*a, *b, tiles, torch.float32)
+    ends = torch.tensor(ENDS, dtype=torch.int32)
+    assert error(out, grouped_fp8.reference(*a, *b, ends, torch.float32)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "run", "cut", "message"),
+    [
+        ("mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)", "pass", check_dense, CUTS[0],
+         "changed|is not there|too many"),
+        ("mbarrier.init(empty.index(stage), count=CONSUMERS)", "mbarrier.init(empty.index(stage), count=CONSUMERS + 1)",
+         check_dense, CUTS[0], "deadlock"),
+        ("mbarrier.init(empty.index(stage), count=CONSUMERS)", "mbarrier.init(empty.index(stage), count=1)", check_dense,
+         CUTS[3], "changed|is not there|too many"),
+        ("mbarrier.wait(full.index(stage), step // STAGES & 1)", "pass", check_dense, CUTS[3], "is not there"),
+        ("product = warpgroup_mma_wait(1, deps=[ahead])", "product = ahead", check_dense, CUTS[0], "Error"),
+        ("b_scales + (i + 1) * b_stride_k", "b_scales + i * b_stride_k", check_dense, CUTS[0], "assert"),
+        ("if KIND != \"wgrad\" or a_row + PART * 64 < M:", "if True:", check_wgrad, CUTS[0], "assert"),
+    ],
+    ids=["race", "deadlock", "passed on too early", "not there yet", "under way", "next block's scale",
+         "next expert's rows"],
+)  # fmt: skip
+def test_errors_show(tmp_path, monkeypatch, right, wrong, run, cut, message):
+    monkeypatch.setattr(gluon_threads, "LIMIT", 2.0)
+    source = SOURCE.read_text()
+    assert source.count(right) == 1
+    path = tmp_path / "broken.py"
+    path.write_text(source.replace(right, wrong))
+    with pytest.raises(AssertionError, match=message):
+        run(gluon_threads.load(path), cut)
