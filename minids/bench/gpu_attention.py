@@ -37,16 +37,7 @@ def mla_decoding(limits: Limits) -> Builders:
             weights = torch.softmax(torch.einsum("bhc,btc->bht", q, latent).float() * SCALE, -1).to(BF16)
             return torch.einsum("bht,btc->bhc", weights, latent[..., :C])
 
-        def prefetched() -> Tensor:
-            out, sums = q.new_empty((b, h, C)), q.new_empty((b, 1, h), dtype=torch.float32)
-            latent_attention_gluon.attend(q, pages, table, lengths, out, sums, SCALE, 1, prefetch=True)
-            return out
-
         candidates = {"minids": ours, "einsum": plain, "FlashInfer FA3": flashinfer_mla(q, pages, table, lengths)}
-        if latent_attention.gluon_applies(q, C) and b >= 128:  # not in parts
-            from minids.kernels import latent_attention_gluon
-
-            candidates["minids, next page prefetched to L2"] = prefetched
         exact = latent_attention.reference(q[:2], pages, table[:2], lengths[:2], C, SCALE)
         operations, n_bytes = 2.0 * b * length * h * (2 * C + R), 2.0 * b * length * (C + R)
         floor = max(operations / limits["bf16"], n_bytes / limits["copy"])

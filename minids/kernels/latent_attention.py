@@ -125,22 +125,34 @@ def _attend(q_ptr, c_desc, r_desc, table_ptr, lengths_ptr, out_ptr, sums_ptr, H,
 
 
 @jit(varying=("H", "SPLITS"))
-def _join(parts_ptr, sums_ptr, out_ptr, H, SPLITS, C: tl.constexpr, POWER: tl.constexpr, BS: tl.constexpr):
-    """One program: the parts of one head of one row, BS at a time. POWER: a power of two, at least SPLITS."""
-    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    every, column = tl.arange(0, POWER), tl.arange(0, C)
+def _join(parts_ptr, sums_ptr, out_ptr, H, SPLITS,
+          C: tl.constexpr, POWER: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr):
+    """One program: BC columns of the parts of one head of one row, BS parts at a time. POWER: a power of two, at least
+    SPLITS."""
+    head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    every, column = tl.arange(0, POWER), tl.program_id(0) * BC + tl.arange(0, BC)
     first = row * SPLITS * H + head
     sums = tl.load(sums_ptr + first + every * H, mask=every < SPLITS, other=float("-inf"))
     top = tl.maximum(tl.max(sums, 0), -1e30)  # finite where no token counts
     whole = tl.maximum(tl.sum(tl.exp2(sums - top), 0), 1e-30)
-    out = tl.zeros((C,), tl.float32)
-    for begin in range(0, SPLITS, BS):
+    out = tl.zeros((BC,), tl.float32)
+    for begin in range(0, POWER, BS):
         split = begin + tl.arange(0, BS)
         mine = split < SPLITS
         weights = tl.exp2(tl.load(sums_ptr + first + split * H, mask=mine, other=float("-inf")) - top) / whole
         at = parts_ptr + (first + split * H)[:, None] * C + column[None, :]
         out += tl.sum(tl.load(at, mask=mine[:, None], other=0.0) * weights[:, None], 0)
     tl.store(out_ptr + (row * H + head) * C + column, out.to(tl.bfloat16))
+
+
+def join(parts: Tensor, sums: Tensor, out: Tensor) -> None:
+    """Few parts: a program joins whole rows. Many: it takes fewer columns, and all their parts at once."""
+    b, splits, h, c = parts.shape
+    power = 1 << (splits - 1).bit_length()
+    at_once = min(power, 64)
+    columns = min(c, max(64, 2048 // at_once))
+    warps = 4 if columns > 64 else 2
+    _join[(c // columns, h, b)](parts, sums, out, h, splits, c, power, at_once, columns, num_warps=warps)
 
 
 @cache
@@ -167,7 +179,7 @@ def _mla_decode(q: Tensor, pages: Tensor, table: Tensor, lengths: Tensor, rank: 
     attend = _attend_gluon if gluon_applies(q, rank) else _attend_triton
     attend(q, pages, table, lengths, parts, sums, scale, splits)
     if splits > 1:
-        _join[(h, b)](parts, sums, out, h, splits, rank, 1 << (splits - 1).bit_length(), 8, num_warps=4)
+        join(parts, sums, out)
     return out
 
 

@@ -13,7 +13,8 @@ the page before are added:
 
 64 heads x 576 queries stay in shared memory (72 KB), two pages (144 KB) and P (8 KB): all there is. A third page does not
 fit, so a buffer is filled again in parts, as its parts fall free: the rope after S_j, the right half after the adder, the
-left half after the scorer; and the next scores begin with what arrives first.
+left half after the scorer; and the next scores begin with what arrives first. The left half is the last to arrive and to
+fall free, so the scorer waits for its values in the middle of the softmax: between the maximum and the exponentials.
 
 The problem, the equation and the floors are those of `latent_attention`, whose reference is the specification. Hopper only
 (capability 9.x), not in Triton's CPU interpreter.
@@ -34,6 +35,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from minids.kernels.backend import cdiv
 
 HEADS, PAGE, HALF, ROPE = 64, 64, 256, 64
+EARLY = gl.constexpr(True)  # False: a page's left half falls free only after the softmax, 4 to 7 % slower
 
 
 @gluon.jit
@@ -56,17 +58,8 @@ def _fill(desc, buffers, full, empty, stage, phase, slot, COLUMN: gl.constexpr):
 
 
 @gluon.jit
-def _prefetch(pages_ptr, page):
-    """Asks for a page to be brought to the L2 cache: 64 x 576 numbers, each of 32 threads for two slots."""
-    slot = page.to(gl.int64) * 64 + 2 * gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
-    address = (pages_ptr + slot * 576).to(gl.int64, bitcast=True)
-    gl.inline_asm_elementwise("cp.async.bulk.prefetch.L2.global [$1], 2304; mov.u32 $0, 0;", "=r,l", [address],
-                              dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
-
-
-@gluon.jit
-def _produce(q_desc, qr_desc, c_desc, r_desc, queries, pages, full, empty, pages_ptr, table_ptr, lengths_ptr, H,
-             table_stride, SPLITS, PREFETCH: gl.constexpr):
+def _produce(q_desc, qr_desc, c_desc, r_desc, queries, pages, full, empty, table_ptr, lengths_ptr, H, table_stride,
+             SPLITS):
     row, _, first, count = _share(lengths_ptr, SPLITS)
     q_left, q_right, q_rope, q_full = queries
     left, right, rope = pages
@@ -84,8 +77,6 @@ def _produce(q_desc, qr_desc, c_desc, r_desc, queries, pages, full, empty, pages
         following = gl.load(entries + gl.minimum(first + step + 1, last))  # asked for a turn before it is needed
         stage, phase = step % 2, step // 2 & 1
         _fill(r_desc, rope, rope_full, rope_empty, stage, phase, page * 64, 512)
-        if PREFETCH:
-            _prefetch(pages_ptr, following)
         _fill(c_desc, right, right_full, right_empty, stage, phase, page * 64, 256)
         _fill(c_desc, left, left_full, left_empty, stage, phase, page * 64, 0)
         page = following
@@ -93,30 +84,42 @@ def _produce(q_desc, qr_desc, c_desc, r_desc, queries, pages, full, empty, pages
 
 @gluon.jit
 def _start_scores(queries, pages, full, step, zero):
-    """Starts S = Q K^T part by part, as the parts arrive; returns it unfinished."""
-    q_left, q_right, q_rope, _ = queries
-    left, right, rope = pages
-    left_full, right_full, rope_full, _ = full
+    """Starts S = Q K^T with the parts that arrive first, the rope and the right half; returns it unfinished."""
+    _, q_right, q_rope, _ = queries
+    _, right, rope = pages
+    _, right_full, rope_full, _ = full
     stage, phase = step % 2, step // 2 & 1
     mbarrier.wait(rope_full.index(stage), phase)
     s = warpgroup_mma(q_rope, rope.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
     mbarrier.wait(right_full.index(stage), phase)
-    s = warpgroup_mma(q_right, right.index(stage).permute((1, 0)), s, is_async=True)
-    mbarrier.wait(left_full.index(stage), phase)
-    return warpgroup_mma(q_left, left.index(stage).permute((1, 0)), s, is_async=True)
+    return warpgroup_mma(q_right, right.index(stage).permute((1, 0)), s, is_async=True)
 
 
 @gluon.jit
-def _softmax(s, largest, total, counted, scale, P_LAYOUT: gl.constexpr):
-    """The page's weights in BF16, the factor for what was summed before, the new maximum and sum; powers of 2."""
+def _add_left_scores(s, queries, pages, full, step):
+    q_left, _, _, _ = queries
+    left, _, _ = pages
+    left_full, _, _, _ = full
+    mbarrier.wait(left_full.index(step % 2), step // 2 & 1)
+    return warpgroup_mma(q_left, left.index(step % 2).permute((1, 0)), s, is_async=True)
+
+
+@gluon.jit
+def _highest(s, largest, counted, scale):
+    """The scores, masked where no token counts; the new maximum, in powers of 2; what to subtract."""
     column = gl.arange(0, 64, gl.SliceLayout(0, s.type.layout))
     s = gl.where((column < counted)[None, :], s, float("-inf"))
     higher = gl.maximum(largest, gl.max(s, 1) * scale)
-    base = gl.where(higher == float("-inf"), 0.0, higher)  # no token has counted yet
+    return s, higher, gl.where(higher == float("-inf"), 0.0, higher)  # no token has counted yet
+
+
+@gluon.jit
+def _weigh(s, largest, base, total, scale, P_LAYOUT: gl.constexpr):
+    """The page's weights in BF16, the factor for what was summed before, the new sum."""
     weights = gl.exp2(s * scale - base[:, None])
     shrink = gl.exp2(largest - base)
     total = total * shrink + gl.sum(weights, 1)
-    return gl.convert_layout(weights.to(gl.bfloat16), P_LAYOUT), shrink, higher, total
+    return gl.convert_layout(weights.to(gl.bfloat16), P_LAYOUT), shrink, total
 
 
 @gluon.jit
@@ -129,8 +132,10 @@ def _publish(p, shrink, p_buffer, shrink_buffer, p_full):
 
 
 @gluon.jit
-def _write(o, out_ptr, part, H, COLUMN: gl.constexpr):
-    """Half the columns of this program's heads; `part`: the row of out where head 0 lies."""
+def _write(o, inverse, out_ptr, part, H, COLUMN: gl.constexpr):
+    """Half the columns of this program's heads; `part`: the row of out where head 0 lies. Zeros where no token counts,
+    whatever the page holds that was read."""
+    o = gl.where(inverse[:, None] > 0, o * inverse[:, None], 0.0)
     layout: gl.constexpr = o.type.layout
     column = COLUMN + gl.arange(0, 256, gl.SliceLayout(0, layout))
     head = gl.program_id(0) * 64 + gl.arange(0, 64, gl.SliceLayout(1, layout))
@@ -147,7 +152,7 @@ def _scorer(queries, pages, full, empty, p_buffer, shrink_buffer, out_ptr, sums_
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     row, length, first, count = _share(lengths_ptr, SPLITS)
     left, _, _ = pages
-    _, _, _, p_full = full
+    left_full, _, _, p_full = full
     left_empty, _, rope_empty, p_empty = empty
     _, _, _, q_full = queries
     scale = scale * 1.4426950408889634
@@ -158,22 +163,34 @@ def _scorer(queries, pages, full, empty, p_buffer, shrink_buffer, out_ptr, sums_
     o = gl.zeros([64, 256], gl.float32, o_layout)
 
     mbarrier.wait(q_full, 0)
-    s = warpgroup_mma_wait(0, deps=[_start_scores(queries, pages, full, 0, zero)])
+    s = _start_scores(queries, pages, full, 0, zero)
+    s = warpgroup_mma_wait(0, deps=[_add_left_scores(s, queries, pages, full, 0)])
     mbarrier.arrive(rope_empty.index(0), count=1)
-    p, shrink, largest, total = _softmax(s, largest, total, counted, scale, p_layout)
+    s, higher, base = _highest(s, largest, counted, scale)
+    p, shrink, total = _weigh(s, largest, base, total, scale, p_layout)
+    largest = higher
     _publish(p, shrink, p_buffer, shrink_buffer, p_full)
     for step in range(1, count):
         before = (step - 1) % 2
         s = _start_scores(queries, pages, full, step, zero)
+        s = _add_left_scores(s, queries, pages, full, step)
+        if EARLY:
+            mbarrier.wait(left_full.index(step % 2), step // 2 & 1)  # has passed: keeps factors from between products
         o = o * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
         o = warpgroup_mma(p, left.index(before), o, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
         mbarrier.arrive(rope_empty.index(step % 2), count=1)
-        p_next, shrink, largest, total = _softmax(s, largest, total, counted - step * 64, scale, p_layout)
+        s, higher, base = _highest(s, largest, counted - step * 64, scale)
+        if EARLY:  # the copy of page j + 1 waits for this place
+            o, p = warpgroup_mma_wait(0, deps=[o, p])
+            mbarrier.arrive(left_empty.index(before), count=1)
+        p_next, shrink, total = _weigh(s, largest, base, total, scale, p_layout)
+        largest = higher
         mbarrier.wait(p_empty, (step - 1) & 1)  # the adder has used P_(j-1)
         _publish(p_next, shrink, p_buffer, shrink_buffer, p_full)
-        o, p = warpgroup_mma_wait(0, deps=[o, p])
-        mbarrier.arrive(left_empty.index(before), count=1)
+        if not EARLY:
+            o, p = warpgroup_mma_wait(0, deps=[o, p])
+            mbarrier.arrive(left_empty.index(before), count=1)
         p = p_next
     o = o * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
     o = warpgroup_mma(p, left.index((count - 1) % 2), o, is_async=True)
@@ -183,7 +200,7 @@ def _scorer(queries, pages, full, empty, p_buffer, shrink_buffer, out_ptr, sums_
     mbarrier.arrive(p_full, count=1)
     o, p = warpgroup_mma_wait(0, deps=[o, p])
     part = (row.to(gl.int64) * SPLITS + gl.program_id(2)) * H
-    _write(o * gl.convert_layout(inverse, gl.SliceLayout(1, o_layout))[:, None], out_ptr, part, H, 0)
+    _write(o, gl.convert_layout(inverse, gl.SliceLayout(1, o_layout)), out_ptr, part, H, 0)
     head = gl.program_id(0) * 64 + gl.arange(0, 64, row_layout)
     gl.store(sums_ptr + part + head, gl.where(total > 0, largest + gl.log2(total), float("-inf")), mask=head < H)
 
@@ -207,14 +224,12 @@ def _adder(queries, pages, full, empty, p_buffer, shrink_buffer, out_ptr, sums_p
         mbarrier.arrive(p_empty, count=1)
         mbarrier.arrive(right_empty.index(stage), count=1)
     mbarrier.wait(p_full, count & 1)
-    o = o * shrink_buffer.load(gl.SliceLayout(1, layout))[:, None]
     part = (row.to(gl.int64) * SPLITS + gl.program_id(2)) * H
-    _write(o, out_ptr, part, H, 256)
+    _write(o, shrink_buffer.load(gl.SliceLayout(1, layout)), out_ptr, part, H, 256)
 
 
 @gluon.jit(do_not_specialize=["H", "table_stride", "SPLITS"])
-def _attend(q_desc, qr_desc, c_desc, r_desc, pages_ptr, table_ptr, lengths_ptr, out_ptr, sums_ptr, H, table_stride,
-            scale, SPLITS, PREFETCH: gl.constexpr):
+def _attend(q_desc, qr_desc, c_desc, r_desc, table_ptr, lengths_ptr, out_ptr, sums_ptr, H, table_stride, scale, SPLITS):
     q_left = gl.allocate_shared_memory(gl.bfloat16, [64, 256], q_desc.layout)
     q_right = gl.allocate_shared_memory(gl.bfloat16, [64, 256], q_desc.layout)
     q_rope = gl.allocate_shared_memory(gl.bfloat16, [64, 64], qr_desc.layout)
@@ -249,19 +264,15 @@ def _attend(q_desc, qr_desc, c_desc, r_desc, pages_ptr, table_ptr, lengths_ptr, 
     gl.warp_specialize([
         (_scorer, shared),
         (_adder, shared),
-        (_produce, (q_desc, qr_desc, c_desc, r_desc, queries, pages, full, empty, pages_ptr, table_ptr, lengths_ptr, H,
-                    table_stride, SPLITS, PREFETCH)),
+        (_produce, (q_desc, qr_desc, c_desc, r_desc, queries, pages, full, empty, table_ptr, lengths_ptr, H, table_stride,
+                    SPLITS)),
     ], [4, 1], [232, 24])  # fmt: skip
 
 
 def attend(
-    q: Tensor, pages: Tensor, table: Tensor, lengths: Tensor, out: Tensor, sums: Tensor, scale: float, splits: int,
-    prefetch: bool = False,
-) -> None:  # fmt: skip
-    """Fills out (B, SPLITS, H, C), each part divided by its sum of exponentials, and sums (B, SPLITS, H), their log2.
-
-    prefetch: bring each page to the L2 cache a page before it is copied.
-    """
+    q: Tensor, pages: Tensor, table: Tensor, lengths: Tensor, out: Tensor, sums: Tensor, scale: float, splits: int
+) -> None:
+    """Fills out (B, SPLITS, H, C), each part divided by its sum of exponentials, and sums (B, SPLITS, H), their log2."""
     b, h, d = q.shape
     half = gl.NVMMASharedLayout.get_default_for([HEADS, HALF], gl.bfloat16)
     rope = gl.NVMMASharedLayout.get_default_for([HEADS, ROPE], gl.bfloat16)
@@ -269,5 +280,5 @@ def attend(
     _attend[(cdiv(h, HEADS), b, splits)](
         TensorDescriptor.from_tensor(q, [HEADS, HALF], half), TensorDescriptor.from_tensor(q, [HEADS, ROPE], rope),
         TensorDescriptor.from_tensor(pages, [PAGE, HALF], half), TensorDescriptor.from_tensor(pages, [PAGE, ROPE], rope),
-        pages, table, lengths, out, sums, h, table.stride(0), scale, splits, prefetch, num_warps=4,
+        table, lengths, out, sums, h, table.stride(0), scale, splits, num_warps=4,
     )  # fmt: skip

@@ -10,7 +10,7 @@ BF16 = torch.bfloat16
 
 
 def inputs(lengths, heads, rank, rope, device, slots=64):
-    """Rows of these lengths on shuffled pages; slots that do not count hold NaN."""
+    """Rows of these lengths on shuffled pages. The page of nobody, 0, which unused entries of the table name, holds NaN."""
     per_row = [-(-n // slots) for n in lengths]
     order = 1 + torch.randperm(sum(per_row), generator=torch.Generator().manual_seed(0)).int()
     table = torch.zeros(len(lengths), max(per_row) + 1, dtype=torch.int32)
@@ -20,7 +20,7 @@ def inputs(lengths, heads, rank, rope, device, slots=64):
         table[row, : len(mine)] = mine
         for j in range(n):
             pages[mine[j // slots], j % slots] = latent[row][j]
-    pages = pages.nan_to_num(1e4)  # finite, as a cache is, but far from anything
+    pages[1:] = pages[1:].nan_to_num(1e4)  # slots that do not count: finite, as a cache is, but far from anything
     q = tame(len(lengths) * heads, rank + rope, "cpu", 7, BF16).view(len(lengths), heads, -1) / 4
     return [t.to(device) for t in (q, pages, table, torch.tensor(lengths, dtype=torch.int32))], latent
 
@@ -65,6 +65,20 @@ def test_gluon(lengths, heads):
             continue
         weights = (0.07 * q[row].cpu().double() @ keys.double().t()).softmax(-1)
         assert error(out[row].cpu(), weights @ keys.double()[:, :512]) < 6e-3
+
+
+@pytest.mark.parametrize(("splits", "rank"), [(2, 512), (5, 32), (33, 16), (64, 512), (100, 128)])
+def test_join(kernel, splits, rank):
+    """Parts of rows against their mean in FP64; a part in which no token counts, and a row of such parts."""
+    parts, sums = tame(2 * splits * 3, rank, kernel, 0).view(2, splits, 3, rank), tame(2 * splits, 3, kernel, 1) * 4
+    sums = sums.view(2, splits, 3)
+    sums[0, 1], sums[1, :, 2] = -torch.inf, -torch.inf
+    parts[sums == -torch.inf] = 0.0  # as the kernels leave them
+    out = torch.full((2, 3, rank), torch.nan, dtype=BF16, device=kernel)
+    latent_attention.join(parts, sums, out)
+    weights = (sums.double() * torch.log(torch.tensor(2.0, dtype=torch.float64))).softmax(1).nan_to_num(0.0)
+    assert error(out, (weights[..., None] * parts.double()).sum(1)) < 3e-3
+    assert not out[1, 2].any()
 
 
 @pytest.mark.parametrize(
