@@ -15,8 +15,9 @@ Three ways to say which rows there are:
 
 With a row for several choices, the expert's GPU adds their results up before it sends them back.
 
-On the wire a row is what `Wire` says: as it is, or V3's FP8 there (1 x 128 tiles, power-of-two scales, D + D / 128 bytes)
-and BF16 back, the gradients alike. Sums are made in FP32. Gate values travel exactly, 8 bytes a choice with the expert.
+On the wire a row is what `Wire` says: as it is, or V3's FP8 there (1 x 128 tiles, power-of-two scales, D + D / 128 bytes
+filled up to a multiple of 16: 7,232 for V3) and BF16 back, the gradients alike. Sums are made in FP32. Gate values travel
+exactly, 8 bytes a choice with the expert.
 
 Simplification: the host waits for the device once a hop, to learn how many rows come; V3's kernels learn it on the device.
 
@@ -28,6 +29,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minids import kernels
@@ -35,6 +37,7 @@ from minids.fp8.quantize import BLOCK, dequantize
 from minids.parallel.peers import Peers, Tally
 
 KINDS = ("exact", "bf16", "fp8")
+ALIGN = 16  # bytes: rows that start elsewhere are sent and copied at half the speed
 
 
 @dataclass(frozen=True)
@@ -54,14 +57,24 @@ class Wire:
         return cls("fp8", "bf16")
 
 
+def row_bytes(hidden: int, kind: str, itemsize: int) -> int:
+    """Bytes of a row on the wire. In FP8 a byte a number and a byte a tile, filled up to a multiple of ALIGN."""
+    if kind != "fp8":
+        return hidden * (2 if kind == "bf16" else itemsize)
+    return -(-(hidden + -(-hidden // BLOCK)) // ALIGN) * ALIGN
+
+
 def encode(x: Tensor, kind: str) -> Tensor:
-    """Rows (T, D) as bytes, (T, b) uint8. In FP8 the same bytes as `minids.fp8.dispatch.pack`, but a tile that is not
-    finite becomes NaN: the loss will tell."""
+    """Rows (T, D) as bytes, (T, b) uint8. In FP8 the same bytes as `minids.fp8.dispatch.pack` and zeros behind, but a tile
+    that is not finite becomes NaN: the loss will tell."""
     if kind != "fp8":
         return (x.to(torch.bfloat16) if kind == "bf16" else x).contiguous().view(torch.uint8)
     q, scale_inv = kernels.quantize_tile((x.float() if x.dtype == torch.float64 else x).contiguous(), scale="ue8m0")
-    exponent = scale_inv.view(torch.int32) >> 23  # of a power of two all that there is; 255 for NaN
-    return torch.cat([q.view(torch.uint8), exponent.to(torch.uint8)], dim=1)
+    (n, hidden), tiles = x.shape, scale_inv.shape[1]
+    rows = torch.zeros(n, row_bytes(hidden, kind, 1), dtype=torch.uint8, device=x.device)
+    rows[:, :hidden] = q.view(torch.uint8)
+    rows[:, hidden : hidden + tiles] = scale_inv.view(torch.int32) >> 23  # of a power of two all there is; 255 for NaN
+    return rows
 
 
 def decode(rows: Tensor, kind: str, hidden: int, dtype: torch.dtype) -> Tensor:
@@ -70,7 +83,8 @@ def decode(rows: Tensor, kind: str, hidden: int, dtype: torch.dtype) -> Tensor:
         return rows.view(torch.bfloat16 if kind == "bf16" else dtype).to(dtype)
     if not len(rows):
         return torch.empty(0, hidden, dtype=dtype, device=rows.device)
-    q, scale_inv = rows[:, :hidden].view(torch.float8_e4m3fn), (rows[:, hidden:].to(torch.int32) << 23).view(torch.float32)
+    exponents = rows[:, hidden : hidden + -(-hidden // BLOCK)].to(torch.int32)
+    q, scale_inv = rows[:, :hidden].view(torch.float8_e4m3fn), (exponents << 23).view(torch.float32)
     if hidden % BLOCK:
         return dequantize(q, scale_inv, (1, BLOCK), dtype)
     x = q.to(dtype)  # times a power of two: exact in BF16 too
@@ -78,11 +92,21 @@ def decode(rows: Tensor, kind: str, hidden: int, dtype: torch.dtype) -> Tensor:
     return x
 
 
+def select_rows(rows: Tensor, source_S: Tensor) -> Tensor:
+    """rows[source] of bytes, eight at a time where they divide."""
+    wide = torch.int64 if rows.shape[1] % 8 == 0 else torch.uint8
+    return rows.view(wide).index_select(0, source_S).view(torch.uint8)
+
+
 def sum_rows(y_SD: Tensor, source_S: Tensor, n: int) -> Tensor:
-    """out[source[s]] += y[s], (n, D): in FP32 at least, rounded once."""
-    wide = torch.promote_types(y_SD.dtype, torch.float32)
-    out = torch.zeros(n, y_SD.shape[1], dtype=wide, device=y_SD.device)
-    return out.index_add_(0, source_S, y_SD.to(wide)).to(y_SD.dtype)
+    """out[i] = sum of y[s] over source[s] = i, (n, D): in FP32 at least, rounded once, in the order of s. An embedding bag
+    for each token, as the sum over slots in minids/model/moe.py, but of any number of rows."""
+    if not len(source_S):
+        return y_SD.new_zeros(n, y_SD.shape[1])
+    sorted_S, order_S = source_S.sort(stable=True)
+    starts_n = torch.searchsorted(sorted_S, torch.arange(n, device=source_S.device))
+    low = y_SD.is_cpu and y_SD.element_size() < 4  # there the sum itself would be BF16
+    return F.embedding_bag(order_S, y_SD.float() if low else y_SD, starts_n, mode="sum").to(y_SD.dtype)
 
 
 @dataclass
@@ -124,7 +148,7 @@ class Hop:
 
     def spread(self, x_ND: Tensor, kind: str, what: str) -> Tensor:
         """(N, D) -> (R, D): each token's row to every peer that it goes to. Quantised once a token, then copied."""
-        rows = self.there(encode(x_ND, kind).index_select(0, self.source_S), what)
+        rows = self.there(select_rows(encode(x_ND, kind), self.source_S), what)
         return decode(rows, kind, x_ND.shape[1], x_ND.dtype)
 
     def gather(self, y_RD: Tensor, kind: str, what: str) -> Tensor:

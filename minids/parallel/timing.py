@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from minids.config import ModelConfig
-from minids.parallel.dispatch import Hop, Wire, encode
+from minids.parallel.dispatch import Hop, Wire, row_bytes
 from minids.parallel.experts import ROADS, build_road
 from minids.parallel.mesh import Layout, Mesh
 from minids.parallel.nodes import simulate_routing
@@ -99,7 +99,7 @@ def measure(mesh: Mesh, road: str, wire: str, tokens: int, hidden: int, device: 
 
 def walk(hops: list[Hop], hidden: int, kind: str, device: torch.device, there: bool) -> None:
     """The all-to-alls of a road, with rows of the right size and no other work."""
-    width = encode(torch.zeros(1, hidden, dtype=torch.bfloat16, device=device), kind).shape[1]
+    width = row_bytes(hidden, kind, 2)
     for hop in hops if there else reversed(hops):
         send, receive = (hop.send, hop.receive) if there else (hop.receive, hop.send)
         hop.peers.all_to_all(torch.empty(sum(send), width, dtype=torch.uint8, device=device), send, receive)
