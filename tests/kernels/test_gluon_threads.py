@@ -39,15 +39,26 @@ def test_values(lengths, heads, splits):
     check(SOURCE, lengths, heads, splits)
 
 
+def test_other_order(tmp_path):
+    """The left half freed after the softmax."""
+    late = SOURCE.read_text().replace("EARLY = gl.constexpr(True)", "EARLY = gl.constexpr(False)")
+    assert late != SOURCE.read_text()
+    (tmp_path / "late.py").write_text(late)
+    check(tmp_path / "late.py", [640, 63, 65, 1], 64, 1)
+
+
 @pytest.mark.parametrize(
     ("right", "wrong", "message"),
     [
         ("mbarrier.wait(empty.index(stage), phase ^ 1)\n", "\n", "changed before|is not there|arrival too many"),
         ("mbarrier.arrive(rope_empty.index(step % 2), count=1)", "pass", "deadlock"),
         ("    mbarrier.wait(left_full.index(step % 2), step // 2 & 1)\n", "\n", "is not there"),
+        ("o, p = warpgroup_mma_wait(0, deps=[o, p])\n            mbarrier.arrive(left_empty.index(before), count=1)",
+         "mbarrier.arrive(left_empty.index(before), count=1)\n            o, p = warpgroup_mma_wait(0, deps=[o, p])",
+         "changed before"),
         ("total = total * shrink + gl.sum(weights, 1)", "total = total + gl.sum(weights, 1)", "assert"),  # not rescaled
     ],
-    ids=["race", "deadlock", "early read", "wrong sum"],
+    ids=["copy too soon", "deadlock", "early read", "freed too soon", "wrong sum"],
 )  # fmt: skip
 def test_errors_show(tmp_path, monkeypatch, right, wrong, message):
     source = SOURCE.read_text()
