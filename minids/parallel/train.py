@@ -46,8 +46,11 @@ from minids.train.trainer import Progress, fingerprint
 def layout_of(config: TrainConfig, cfg: ModelConfig) -> Layout:
     """The layout of torchrun's processes. Raises ValueError for one that cannot work."""
     world = int(os.environ["WORLD_SIZE"])
-    layout = Layout(world, config.expert_parallel, gpus_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", world)))
-    layout.check_experts(cfg.n_routed_experts)
+    try:
+        layout = Layout(world, config.expert_parallel, gpus_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+        layout.check_experts(cfg.n_routed_experts)
+    except ValueError as error:
+        raise ValueError(f"--expert-parallel {config.expert_parallel} on {world} processes: {error}") from None
     return layout
 
 
