@@ -1,16 +1,13 @@
 """The training step of `minids.bench.gpu`: forward and backward of a 4.87B model beside transformers' DeepseekV3.
 
 What is compared. Both sides hold the same weights in BF16 and get the same fresh rows; the peer's experts run as grouped
-products (`experts_implementation="grouped_mm"`). Before anything is timed, both sides' logits of one row are compared with
-those of a float32 run of our model: BF16 rounds, and so flips some of the chosen experts, but ours may not be further away
-than the peer's by more than a tenth. The mean loss alone would not tell two random models apart. A step is gradients
-cleared, forward with the next-token loss, backward; no optimizer, which would be the same on both sides. Ours also counts
-the load of every expert, and is timed both kernel by kernel and as the CUDA graph that our trainer can record
-(minids/train/graph.py), the row's figure; transformers' trainer has no such thing.
+products (`experts_implementation="grouped_mm"`). Before anything is timed, minids/bench/gpu_equal.py holds both to a
+float32 run. A step is gradients cleared, forward with the next-token loss, backward; no optimizer, which would be the same
+on both sides. Ours also counts the load of every expert, and is timed both kernel by kernel and as the CUDA graph that our
+trainer can record (minids/train/graph.py), the row's figure; transformers' trainer has no such thing.
 
 The FP8 row is the same step with V3's recipe [section 3.3] on our side, the weights kept in float32 and the rest under BF16
-autocast, as our trainer runs it. E4M3 rounds 2^4 times as coarsely as BF16, so 2^4 times as many choices of experts flip;
-what each does is the same, squares add: its logits may be 4 times as far away as the BF16 peer's.
+autocast, as our trainer runs it; every step quantises all weights anew. FP8 is held to its simulation, too.
 Sides take turns within a round; the figure is the median. The floor: 6 operations a multiplied parameter and token and the
 causal half of attention, at the measured rate of the tensor core (FP8: for all but attention).
 """
@@ -26,6 +23,7 @@ from torch import Tensor, nn
 
 from minids.bench.common import interleaved
 from minids.bench.gpu_cases import reset_after_capture
+from minids.bench.gpu_equal import PEER, autocast, check_equal
 from minids.bench.gpu_report import row_of
 from minids.config import ModelConfig
 from minids.fp8 import to_fp8
@@ -33,7 +31,6 @@ from minids.model.transformer import Transformer
 from minids.train.graph import Graphed
 
 ROWS, LENGTH = 8, 2048
-PEER = "transformers grouped_mm"
 EAGER = "minids, kernel by kernel"
 SHAPE = dict(
     vocab_size=32768, hidden_size=2048, num_hidden_layers=12, first_k_dense_replace=1, intermediate_size=8192,
@@ -41,8 +38,6 @@ SHAPE = dict(
     num_attention_heads=16, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
     max_position_embeddings=4096, rope_scaling=None, num_nextn_predict_layers=0, initializer_range=0.02,
 )  # fmt: skip
-FURTHER = {False: 1.1, True: 4.0}  # times the peer's distance from the float32 run: BF16, FP8
-UNRELATED = 1.0  # a distance from which it says nothing: another random model is about 1.4 away
 
 
 def config(**overrides) -> ModelConfig:
@@ -78,6 +73,7 @@ def timed_pair(cfg: ModelConfig, fp8: bool, rounds: int, size: tuple[int, int], 
         model = to_fp8(model.float(), "v3")
     batches = [torch.randint(0, cfg.vocab_size, (size[0], size[1] + 1), device=device) for _ in range(rounds + 1)]
     difference = check_equal(model, twin, batches[0], fp8)
+    gc.collect()
     steps = {EAGER: partial(ours, model), PEER: partial(theirs, twin)}
     peaks, refused = {}, {}
     for name, step in steps.items():
@@ -118,12 +114,6 @@ def pair(cfg: ModelConfig, device: str) -> tuple[Transformer, nn.Module]:
     return model, twin
 
 
-def autocast(model: nn.Module) -> torch.autocast:
-    """BF16 where the weights are float32."""
-    weight = model.lm_head.weight
-    return torch.autocast(weight.device.type, torch.bfloat16, enabled=weight.dtype == torch.float32)
-
-
 def ours(model: nn.Module, rows: Tensor) -> Tensor:
     """One step on ``rows`` (B, T + 1); the loss. What was kept of the weights in lower precision counts as out of date, as
     after an optimizer's step."""
@@ -162,25 +152,6 @@ def theirs(twin: nn.Module, rows: Tensor) -> Tensor:
     loss = nn.functional.cross_entropy(out.logits.flatten(0, 1).float(), rows[:, 1:].flatten())
     loss.backward()
     return loss.detach()
-
-
-@torch.no_grad()
-def check_equal(model: nn.Module, twin: nn.Module, rows: Tensor, fp8: bool) -> dict[str, float]:
-    """Both sides' relative differences to a float32 run, of the first row's logits, and both losses of that row."""
-    tokens, labels = rows[:1, :-1], rows[0, 1:]
-    with autocast(model):
-        logits = {"minids": model(tokens).logits}
-    logits[PEER] = twin(input_ids=tokens, use_cache=False).logits
-    with torch.device(rows.device):
-        reference = Transformer(model.cfg)
-    reference.load_state_dict(twin.state_dict())  # in float32; the twin has the weights before any FP8
-    exact = reference(tokens).logits
-    found = {name: ((x.float() - exact).norm() / exact.norm()).item() for name, x in logits.items()}
-    for name, x in logits.items():
-        found[f"loss of {name}"] = nn.functional.cross_entropy(x[0].float(), labels).item()
-    if not found["minids"] < min(FURTHER[fp8] * found[PEER], UNRELATED):
-        raise RuntimeError(f"not the same step, nothing timed: logits {found}")
-    return found
 
 
 def over(batches: list[Tensor], step: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:

@@ -22,7 +22,7 @@ from minids.fp8 import gated, turned
 from minids.fp8.operands import Kept12, Operand
 from minids.fp8.products import Simulated
 from minids.fp8.turned import Turned
-from minids.kernels import combine, fp8_gemm, grouped_fp8_gemm, quantize_tile, quantize_tile_t
+from minids.kernels import combine, fp8_gemm, grouped_fp8_gemm, quantize_tile, quantize_tile_both, quantize_tile_t
 from minids.kernels.backend import choose
 from minids.kernels.grouped_fp8 import _grouped_fp8_wgrad, wgrad_reference
 from minids.model.moe import Dispatch
@@ -39,6 +39,12 @@ class RealBlocks(Simulated):
 
     def columns(self, x_MC: Tensor, exact: bool = False) -> Turned:
         return Turned(*quantize_tile_t(unit_stride(x_MC), scale=self._scale(exact), column_major=True))
+
+    def both(self, x_MC: Tensor, exact: bool = False) -> tuple[Operand, Turned]:
+        if x_MC.shape[1] % 128:
+            return super().both(x_MC, exact)  # two passes are the quicker ones there
+        found = quantize_tile_both(unit_stride(x_MC), scale=self._scale(exact), column_major=True)
+        return Operand(*found[:2], (1, 128)), Turned(*found[2:])
 
     def columns_again(self, kept: Operand | Kept12, exact: bool = False) -> Turned:
         return turned.wide_columns(kept) if isinstance(kept, Kept12) else turned.columns(kept, self._scale(exact))

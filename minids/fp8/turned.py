@@ -4,7 +4,7 @@ FP8 tensor cores want the summed index adjacent in memory in both factors. Dgrad
 tokens, so both read transposes. As torch operations a transpose for Wgrad is five passes over memory: the bytes become
 FP32, are multiplied by their scales, gathered, rounded, turned. Each function here is one:
 
-    weight_both    W, 128 x 128          -> q, scales; q^T, scales^T (two: the bytes are turned by themselves)
+    weight_both    W, 128 x 128          -> q, scales; q^T, scales^T
     columns        q and 1 x 128 scales  -> what they mean, quantised 128 x 1, turned; of the experts' slots if asked
     slots          the same              -> rows of the experts' slots, zeros where slots only fill up a block
     keep_wide      o_proj's input        -> its operand for Fprop, and E5M6 numbers to keep [V3 3.3.3]
@@ -56,8 +56,39 @@ def on_device(x: Tensor) -> bool:
 
 def weight_both(w: Tensor, scale: str) -> tuple[Operand, Operand]:
     """W (..., N, K) quantised 128 x 128, and its transpose, (..., K, N)."""
-    found = Operand(*quantize_block(w.detach().contiguous(), scale=scale), (128, 128))
-    return found, turn(found)
+    w = w.detach().contiguous()
+    *lead, n, k = w.shape
+    if not on_device(w) or n % 128 or k % 128:
+        found = Operand(*quantize_block(w, scale=scale), (128, 128))
+        return found, turn(found)
+    q, q_t = w.new_empty(w.shape, dtype=FP8), w.new_empty((*lead, k, n), dtype=FP8)
+    s, s_t = (w.new_empty((*lead, *blocks), dtype=torch.float32) for blocks in ((n // 128, k // 128), (k // 128, n // 128)))
+    _weight[(k // 128, n // 128, w[..., 0, 0].numel())](w, q, s, q_t.view(torch.int32), s_t, n, k, scale == "ue8m0",
+                                                        num_warps=8)  # fmt: skip
+    return Operand(q, s, (128, 128)), Operand(q_t, s_t, (128, 128))
+
+
+@jit
+def _weight(w_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, N, K, UE8M0: tl.constexpr):
+    """One program: a block of one expert's weight, read once and stored twice. qt_ptr points to words of four rows."""
+    expert, quad = tl.program_id(2).to(tl.int64), tl.program_id(1) * 32 + tl.arange(0, 32)
+    column = tl.program_id(0) * 128 + tl.arange(0, 128)
+    at = expert * N * K + (quad * 4).to(tl.int64)[:, None] * K + column[None, :]
+    x0, x1 = tl.load(w_ptr + at).to(tl.float32), tl.load(w_ptr + at + K).to(tl.float32)
+    x2, x3 = tl.load(w_ptr + at + 2 * K).to(tl.float32), tl.load(w_ptr + at + 3 * K).to(tl.float32)
+    bits = magnitude_bits(largest(largest(x0, x1), largest(x2, x3)))
+    scale = e4m3_scale(tl.max(tl.max(bits, axis=1), axis=0, keep_dims=True), UE8M0)
+    one, rows, columns = tl.arange(0, 1), tl.num_programs(1), tl.num_programs(0)
+    tl.store(s_ptr + (expert * rows + tl.program_id(1)) * columns + tl.program_id(0) + one, scale)
+    tl.store(st_ptr + (expert * columns + tl.program_id(0)) * rows + tl.program_id(1) + one, scale)
+    scale = scale[:, None]
+    x0, x1, x2, x3 = over(x0, scale, UE8M0), over(x1, scale, UE8M0), over(x2, scale, UE8M0), over(x3, scale, UE8M0)
+    tl.store(q_ptr + at, x0.to(tl.float8e4nv))
+    tl.store(q_ptr + at + K, x1.to(tl.float8e4nv))
+    tl.store(q_ptr + at + 2 * K, x2.to(tl.float8e4nv))
+    tl.store(q_ptr + at + 3 * K, x3.to(tl.float8e4nv))
+    at_t = (expert * K + column)[:, None] * (N // 4) + quad[None, :]
+    tl.store(qt_ptr + at_t, tl.trans(word_of(x0, x1, x2, x3)))
 
 
 def turn(operand: Operand) -> Operand:

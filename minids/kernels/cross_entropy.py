@@ -142,16 +142,12 @@ def _cross_entropy(logits_ptr, labels_ptr, losses_ptr, V, BLOCK: tl.constexpr):
         tl.store(logits_ptr + column, gradient.to(logits_ptr.dtype.element_ty), mask=column < V)
 
 
-BLOCK = (4096, 8)  # words at a time, and warps
-
-
 @torch.library.custom_op("minids::cross_entropy_", mutates_args=("logits",))
 def _cross_entropy_op(logits: Tensor, labels: Tensor) -> Tensor:
     (t, v), losses = logits.shape, logits.new_empty(len(logits), dtype=torch.float32)
     if t:
-        block, warps = BLOCK
-        block = min(block, 1 << (v - 1).bit_length())
-        _cross_entropy[(t,)](logits, labels, losses, v, block, num_warps=max(1, min(warps, block // 512)))
+        block = min(4096, 1 << (v - 1).bit_length())
+        _cross_entropy[(t,)](logits, labels, losses, v, block, num_warps=max(1, min(8, block // 512)))
     return losses
 
 

@@ -26,7 +26,10 @@ from torch import Tensor
 from minids.kernels.backend import cdiv, check, check_shape, choose, jit, registered, tl
 
 WEIGHTS = (torch.float32, torch.bfloat16)
-SHARE = 512  # tokens of a program's sum for dW
+# How the three products are cut: tiles, tokens of a program's sum for dW, warps, stages. From a sweep on an H200.
+FORWARD = {"BM": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
+INPUT = {"BM": 128, "BN": 128, "num_warps": 8, "num_stages": 2}
+WEIGHT = {"SHARE": 1024, "BN": 128, "BK": 64, "num_warps": 4, "num_stages": 3}
 
 
 def gate_logits(x: Tensor, weight: Tensor, *, backend: str | None = None) -> Tensor:
@@ -76,8 +79,8 @@ def _parts(x):
 
 
 @jit(varying=("N",))
-def _forward(x_ptr, w_ptr, out_ptr, N, D, x_stride, E: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr,
-             BE: tl.constexpr, BK: tl.constexpr):
+def _forward(x_ptr, w_ptr, out_ptr, N, D, x_stride, E: tl.constexpr, EXACT: tl.constexpr, BE: tl.constexpr,
+             BM: tl.constexpr, BK: tl.constexpr):
     """EXACT: the weight is BF16, and is its own first part."""
     row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     expert = tl.program_id(1) * BE + tl.arange(0, BE)
@@ -88,7 +91,7 @@ def _forward(x_ptr, w_ptr, out_ptr, N, D, x_stride, E: tl.constexpr, EXACT: tl.c
         x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=(row < N)[:, None] & inside, other=0.0)
         w = tl.load(w_ptr + expert[:, None] * D + column[None, :], mask=inside, other=0.0)
         if EXACT:
-            total += tl.dot(x, tl.trans(w))
+            total = tl.fma(tl.dot(x, tl.trans(w)), 1.0, total)  # a plain sum would be the tensor core's, to the end
         else:
             w1, w2, w3 = _parts(w)
             part = tl.dot(x, tl.trans(w2), tl.dot(x, tl.trans(w3)))
@@ -97,8 +100,8 @@ def _forward(x_ptr, w_ptr, out_ptr, N, D, x_stride, E: tl.constexpr, EXACT: tl.c
 
 
 @jit(varying=("N",))
-def _input_gradient(d_ptr, w_ptr, dx_ptr, N, D, E: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                    BE: tl.constexpr):
+def _input_gradient(d_ptr, w_ptr, dx_ptr, N, D, E: tl.constexpr, EXACT: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
+                    BN: tl.constexpr):
     row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
     total = tl.zeros((BM, BN), tl.float32)
@@ -117,8 +120,8 @@ def _input_gradient(d_ptr, w_ptr, dx_ptr, N, D, E: tl.constexpr, EXACT: tl.const
 
 
 @jit(varying=("N",))
-def _weight_gradient(d_ptr, x_ptr, out_ptr, N, D, x_stride, E: tl.constexpr, SHARE: tl.constexpr, BE: tl.constexpr,
-                     BN: tl.constexpr, BK: tl.constexpr):
+def _weight_gradient(d_ptr, x_ptr, out_ptr, N, D, x_stride, E: tl.constexpr, BE: tl.constexpr,
+                     SHARE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """One program: SHARE tokens' part of a tile of dW."""
     expert = tl.program_id(2) * BE + tl.arange(0, BE)
     column = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -140,8 +143,8 @@ def _gate_logits(x: Tensor, weight: Tensor) -> Tensor:
     (n, d), e = x.shape, len(weight)
     out, be = x.new_empty((n, e), dtype=torch.float32), min(e, 128)
     if n:
-        _forward[(cdiv(n, 128), e // be)](x, weight, out, n, d, x.stride(0), e, weight.dtype == torch.bfloat16, 128, be, 64,
-                                          num_warps=8, num_stages=3)  # fmt: skip
+        _forward[(cdiv(n, FORWARD["BM"]), e // be)](x, weight, out, n, d, x.stride(0), e, weight.dtype == torch.bfloat16,
+                                                    BE=be, **FORWARD)  # fmt: skip
     return out
 
 
@@ -151,11 +154,13 @@ def _gate_logits_backward(d: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor,
     dx, be = x.new_empty((n, width)), min(e, 64)
     if n == 0:
         return dx, torch.zeros_like(weight)
-    _input_gradient[(cdiv(n, 128), cdiv(width, 128))](d, weight, dx, n, width, e, weight.dtype == torch.bfloat16, 128, 128,
-                                                      be, num_warps=8, num_stages=2)  # fmt: skip
-    parts = d.new_empty((cdiv(n, SHARE), e, width))
-    _weight_gradient[(cdiv(width, 128), len(parts), e // be)](d, x, parts, n, width, x.stride(0), e, SHARE, be, 128, 64,
-                                                              num_warps=4, num_stages=3)  # fmt: skip
+    _input_gradient[(cdiv(n, INPUT["BM"]), cdiv(width, INPUT["BN"]))](
+        d, weight, dx, n, width, e, weight.dtype == torch.bfloat16, BE=be, **INPUT
+    )
+    parts = d.new_empty((cdiv(n, WEIGHT["SHARE"]), e, width))
+    _weight_gradient[(cdiv(width, WEIGHT["BN"]), len(parts), e // be)](
+        d, x, parts, n, width, x.stride(0), e, BE=be, **WEIGHT
+    )
     return dx, parts.sum(0).to(weight.dtype)
 
 

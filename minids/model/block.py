@@ -46,12 +46,15 @@ class Block(nn.Module):
         self.is_moe = cfg.is_moe_layer(index)
         self.mlp = MoE(cfg) if self.is_moe else MLP(cfg.hidden_size, cfg.intermediate_size)
 
-    def forward(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Routing | None]:
-        if block_decode.applies(self, x_BTD, context):
+    def forward(self, x_BTD: Tensor, context: Context, delta_BTD: Tensor | None = None, unsummed: bool = False
+                ) -> tuple[Tensor | tuple[Tensor, Tensor], Routing | None]:  # fmt: skip
+        """(B, T, D) -> (B, T, D) and where its tokens went. With ``unsummed`` the two terms of the output instead of their
+        sum, which the next layer takes as x and ``delta``: its norm adds them up in a pass that it makes anyway."""
+        if not unsummed and block_decode.applies(self, x_BTD, context):
             return block_decode.layer(self, x_BTD, context)
-        x_BTD, normed = self.input_layernorm(x_BTD, residual=True)
+        x_BTD, normed = self.input_layernorm(x_BTD, delta_BTD, residual=True)
         attended = self.self_attn(normed, context.rope, context.mask, context.cache, self.index, context.positions,
                                   context.absorb)  # fmt: skip
         x_BTD, normed = self.post_attention_layernorm(x_BTD, attended, residual=True)
         out, routing = self.mlp(normed, context.cache, self.index) if self.is_moe else (self.mlp(normed), None)
-        return x_BTD + out, routing
+        return (x_BTD, out) if unsummed else x_BTD + out, routing

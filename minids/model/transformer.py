@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minids.config import ModelConfig
+from minids.kernels import uses_kernels
 from minids.model.attention import causal_mask
 from minids.model.block import Block, Context
 from minids.model.cache import LatentCache
@@ -119,10 +120,12 @@ class Transformer(nn.Module):
         self._check(tokens, labels, document_ids, cache, n_valid, mtp)
         context = self._context(tokens, document_ids if document_mask else None, cache, absorb)
         out = ModelOutput()
-        x = self.model.embed_tokens(tokens)
+        x, delta = self.model.embed_tokens(tokens), None
+        unsummed = cache is None and uses_kernels(x)
         for layer in self.main_layers:
-            x = self._run(layer, (x, context), out, recompute)
-        out.hidden = self.model.norm(x)
+            x = self._run(layer, (x, context, delta, unsummed), out, recompute)
+            x, delta = x if unsummed else (x, None)
+        x, out.hidden = self.model.norm(x, delta, residual=True) if unsummed else (x, self.model.norm(x))
         out.mtp_input = out.hidden if self.cfg.mtp_hidden_norm else x
         mtp_hidden = []
         if cache is None and mtp is not False:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from minids.bench import __main__ as command
-from minids.bench import gpu, gpu_report, gpu_training
+from minids.bench import gpu, gpu_equal, gpu_report, gpu_training
 from minids.fp8 import to_fp8
+from minids.fp8.products import Simulated
 
 SMALL = dict(
     vocab_size=512, hidden_size=256, num_hidden_layers=3, intermediate_size=256, moe_intermediate_size=128,
@@ -41,6 +42,25 @@ def test_another_model_is_not_timed(fp8):
     model = to_fp8(model.float(), "v3") if fp8 else model
     with pytest.raises(RuntimeError, match="not the same step, nothing timed"):
         gpu_training.check_equal(model, twin, torch.randint(0, 512, (2, 129)), fp8)
+
+
+def test_fp8_that_is_not_its_simulation_is_not_timed(monkeypatch):
+    """A fault in input gradients alone, which no logits show: the scale of the token before."""
+    pytest.importorskip("transformers")
+    model, twin = gpu_training.pair(gpu_training.config(**SMALL), "cpu")
+    model, rows, dgrad = to_fp8(model.float(), "v3"), torch.randint(0, 512, (2, 129)), Simulated.dgrad
+    found = gpu_equal.check_equal(model, twin, rows, True)
+    assert found["a layer, simulated"] == 0  # on the CPU
+    assert 0 < found["BF16, choices given"] < found["FP8, choices given"] < found["minids"]
+    assert all(gate.assign is None for gate in model.routers())
+
+    def wrong(self, dy, w, dtype, ends=None):
+        faulty = self.recipe.engine != "simulated" and w.joined and ends is None  # shared experts' and the dense layer's
+        return dgrad(self, dy._replace(scale_inv=dy.scale_inv.roll(1, 0)) if faulty else dy, w, dtype, ends)
+
+    monkeypatch.setattr(Simulated, "dgrad", wrong)
+    with pytest.raises(RuntimeError, match="not the same step, nothing timed: distances .*a layer, simulated"):
+        gpu_equal.check_equal(model, twin, rows, True)
 
 
 def row(operation, shape, ours, unit="TFLOP/s", **peers):

@@ -62,7 +62,7 @@ def plan(device, chosen, slots_of, slots):
 
 
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("shape", [(3, 144, 272), (128, 256), (48, 16)])
+@pytest.mark.parametrize("shape", [(3, 144, 272), (128, 256), (2, 256, 384), (48, 16)])
 def test_weights_both_ways(kernel, scale, shape):
     w = numbers(kernel, *shape)
     found, back = turned.weight_both(w, scale)
