@@ -1,33 +1,38 @@
-"""A published checkpoint read by many ranks: each takes its own experts and nobody the whole [V3 section 3.2].
+"""A published checkpoint read and written by many ranks: each its own experts, nobody the whole [V3 section 3.2].
 
 The problem: of V3's 689 GB a rank of 64 needs 30: its 4 experts a layer, and what is everywhere the same. A safetensors
 file tells where each tensor lies without being read, and the experts are tensors of their own (``experts.E.up_proj``), so a
 rank reads just those that it keeps, straight into the rows of its stacked tensors.
 
-Saving goes the other way: `ExpertParallel.gather_model` puts the model together on rank 0, and minids/checkpoint.py writes
-it. So nothing in a checkpoint tells on how many ranks it was made, and it can be read on any number.
+Writing goes the other way: every rank of the first replica writes files of its own experts, rank 0 also everything else and
+the index. Which tensor goes to which file follows from the config, so nobody has to be asked. A checkpoint tells nothing of
+the ranks that made it, and any number of ranks reads it.
 
-Simplification: rank 0 holds the whole model in host memory while it saves.
+A training run gathers the model on rank 0 instead (`ExpertParallel.gather_model`), where it is evaluated anyway.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from minids import checkpoint
 from minids.config import ModelConfig
+from minids.folder import _beside, carry_over, replace_folder
 from minids.fp8.quantize import dequantize
 from minids.model.transformer import Transformer
 from minids.parallel.dispatch import Wire
 from minids.parallel.experts import is_expert, shard_experts
 from minids.parallel.mesh import Mesh
-from minids.published import Entry, entries_of
-from minids.shards import CONFIG, Header, open_shard, read_headers
+from minids.published import Entry, entries_of, plan
+from minids.shards import CONFIG, INDEX, Header, open_shard, read_headers
 from minids.train.optim import Optimizer
 
 KINDS = ("step", "exp_avg", "exp_avg_sq", "master")
@@ -89,6 +94,58 @@ def _dequantized(value: Tensor, scale: str, folder: Path, stored: dict[str, Head
     with open_shard(folder / stored[scale].file) as shard:  # it may lie in another file than its weight
         scale_inv = shard.get_tensor(scale)
     return dequantize(value.to(target.device), scale_inv.to(target.device), dtype=target.dtype)
+
+
+def save(model: Transformer, mesh: Mesh, folder: str | Path, fp8: bool = False, max_shard_bytes: int = 5 * 2**30,
+         dtype: torch.dtype | None = None) -> None:  # fmt: skip
+    """Writes a sharded model as `minids.checkpoint.save` writes a whole one, arguments and errors as there. All ranks call
+    it, and see the folder; it takes its name when all have written."""
+    dtype = dtype or (torch.bfloat16 if fp8 else model.state_dict()["model.embed_tokens.weight"].dtype)
+    if dtype not in checkpoint.SAVED_DTYPES or max_shard_bytes < 1:
+        raise ValueError(f"dtype={dtype}, max_shard_bytes={max_shard_bytes}: allowed are "
+                         f"{', '.join(map(str, checkpoint.SAVED_DTYPES))}, and a positive number")  # fmt: skip
+    files = plan_files(model.cfg, mesh.layout.ep, fp8, max_shard_bytes, dtype)
+    with contextlib.ExitStack() as stack:
+        partial = _beside(folder)[1]
+        if mesh.rank == 0:
+            what = "checkpoint (config.json and safetensors)"
+            stack.enter_context(replace_folder(folder, checkpoint.is_checkpoint, what))
+        _wait(mesh)  # the folder is there
+        if mesh.rank < mesh.layout.ep:  # the first replica
+            state, held = model.state_dict(), mesh.experts(model.cfg.n_routed_experts)
+            for file, entries in files[mesh.rank].items():
+                tensors = checkpoint._shard_tensors(own_entries(entries, held), state)
+                save_file(tensors, partial / file, metadata={"format": "pt"})
+        _wait(mesh)  # all files are
+        if mesh.rank == 0:
+            every = [(file, entry) for part in files for file, entries in part.items() for entry in entries]
+            index = {"metadata": {"total_size": sum(entry.bytes for _, entry in every)},
+                     "weight_map": {entry.name: file for file, entry in every}}  # fmt: skip
+            checkpoint._write_json(partial / INDEX, index)
+            checkpoint._write_json(partial / CONFIG, checkpoint._config_json(model.cfg, fp8, dtype))
+            carry_over(folder, partial, checkpoint._is_checkpoint_file)
+    _wait(mesh)  # it has its name
+
+
+Files = dict[str, list[Entry]]
+
+
+def plan_files(cfg: ModelConfig, ep: int, fp8: bool, max_shard_bytes: int, dtype: torch.dtype) -> list[Files]:
+    """For each rank of an expert group: file -> the tensors that it writes to it, numbered as in the whole checkpoint."""
+    each, parts = cfg.n_routed_experts // ep, [[] for _ in range(ep)]
+    for entry in plan(cfg, fp8, dtype):
+        parts[entry.part[0] // each if is_expert(entry.source) else 0].append(entry)
+    packed = [checkpoint._pack(part, max_shard_bytes) for part in parts]
+    total, number, found = sum(map(len, packed)), itertools.count(1), []
+    for shards in packed:
+        found.append({f"model-{next(number):05d}-of-{total:06d}.safetensors": shard for shard in shards})
+    return found
+
+
+def _wait(mesh: Mesh) -> None:
+    """For all ranks."""
+    device = "cuda" if mesh.device_mesh is not None and mesh.device_mesh.device_type == "cuda" else "cpu"
+    mesh.peers["data"].all_reduce(torch.zeros(1, device=device))
 
 
 def load_moments(optimizer: Optimizer, folder: Path, values: dict, held: range) -> None:

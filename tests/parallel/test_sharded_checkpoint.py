@@ -11,7 +11,7 @@ from minids import checkpoint
 from minids.model.transformer import Transformer
 from minids.parallel import checkpoint as sharded
 from minids.parallel.experts import is_expert
-from minids.parallel.mesh import Layout, run_on_threads
+from minids.parallel.mesh import Layout, Mesh, run_on_threads
 from minids.parallel.step import ExpertParallel
 from minids.pipeline.check import tiny_config
 from minids.published import entries_of
@@ -74,6 +74,45 @@ def test_a_gathered_model_is_saved_as_published_and_read_back(folder, tmp_path):
     old, new = ({k: v for f in sorted((root).glob("*.safetensors")) for k, v in load_file(f).items()}
                 for root in (folder / "plain", tmp_path / "again"))  # fmt: skip
     assert old.keys() == new.keys() and all(torch.equal(old[key], new[key]) for key in old)
+
+
+@pytest.mark.parametrize("layout", [FOUR, Layout(4, 2), Layout(1)], ids=["EP 4", "2 replicas", "alone"])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_ranks_write_together_what_one_process_writes(folder, tmp_path, layout, fp8):
+    whole, out = checkpoint.load(folder / "plain"), tmp_path / "out"
+    checkpoint.save(whole, tmp_path / "one", fp8=fp8, max_shard_bytes=300_000)
+    sharded_models = run_on_threads(layout, lambda mesh: sharded.load(folder / "plain", mesh))
+    for _ in range(2):  # the second time over the first
+        run_on_threads(layout, lambda mesh: sharded.save(sharded_models[mesh.rank], mesh, out, fp8, 300_000))
+    one, many = ({k: v for f in sorted(root.glob("*.safetensors")) for k, v in load_file(f).items()}
+                 for root in (tmp_path / "one", out))  # fmt: skip
+    assert one.keys() == many.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == many[name].dtype and torch.equal(tensor.view(torch.uint8), many[name].view(torch.uint8))
+    assert (out / "config.json").read_text() == (tmp_path / "one" / "config.json").read_text()
+    indices = [json.loads((root / "model.safetensors.index.json").read_text()) for root in (tmp_path / "one", out)]
+    assert indices[0]["metadata"] == indices[1]["metadata"]
+    assert sorted(p.name for p in out.glob("*.safetensors")) == sorted(set(indices[1]["weight_map"].values()))
+    assert not list(tmp_path.glob(".*")), "nothing is left under a temporary name"
+    state = checkpoint.load(out).state_dict()
+    assert fp8 or all(torch.equal(state[key], value) for key, value in whole.state_dict().items())
+
+
+def test_a_rank_writes_its_own_experts_only():
+    files = sharded.plan_files(CFG, 4, False, 300_000, torch.float32)
+    for rank, part in enumerate(files):
+        experts = {entry.part[0] for entries in part.values() for entry in entries if is_expert(entry.source)}
+        assert experts == {2 * rank, 2 * rank + 1}
+        assert (rank == 0) == any(not is_expert(entry.source) for entries in part.values() for entry in entries)
+
+
+def test_nothing_of_somebody_else_is_overwritten(folder, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    model = sharded.load(folder / "plain", Mesh.alone())
+    with pytest.raises(FileExistsError, match="holds no checkpoint"):
+        sharded.save(model, Mesh.alone(), tmp_path)
+    with pytest.raises(ValueError, match="dtype=torch.float64"):
+        sharded.save(model, Mesh.alone(), tmp_path / "new", dtype=torch.float64)
 
 
 def test_an_expert_of_another_rank_that_is_missing_is_missed_by_all(folder, tmp_path):
