@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minids import checkpoint
+from minids import ModelConfig, checkpoint
 from minids.model.transformer import Transformer
 from minids.parallel import checkpoint as sharded
 from minids.parallel.experts import is_expert
@@ -104,6 +104,19 @@ def test_a_rank_writes_its_own_experts_only():
         experts = {entry.part[0] for entries in part.values() for entry in entries if is_expert(entry.source)}
         assert experts == {2 * rank, 2 * rank + 1}
         assert (rank == 0) == any(not is_expert(entry.source) for entries in part.values() for entry in entries)
+
+
+def test_v3_over_64_ranks():
+    """91,991 tensors, each written once, and 30 of 689 GB read by a rank."""
+    cfg = ModelConfig.preset("v3")
+    files = sharded.plan_files(cfg, 64, True, 5 * 2**30, torch.bfloat16)
+    entries = [entry for part in files for some in part.values() for entry in some]
+    assert len(entries) == len({entry.name for entry in entries}) == 91_991
+    assert sum(entry.bytes for entry in entries) == pytest.approx(688.6e9, rel=1e-4)
+    own = [e for e in sharded.own_entries(entries, Layout.v3().experts(5, 256)) if not e.is_copy]
+    assert sum(entry.bytes for entry in own) == pytest.approx(29.9e9, rel=1e-3)
+    assert {e.part[0] for e in own if is_expert(e.source)} == {0, 1, 2, 3}  # places in the rank's short stacks
+    assert {e.name.split(".experts.")[1].split(".")[0] for e in own if is_expert(e.source)} == {"20", "21", "22", "23"}
 
 
 def test_nothing_of_somebody_else_is_overwritten(folder, tmp_path):
