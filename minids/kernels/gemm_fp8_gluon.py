@@ -19,7 +19,9 @@ ordinary arithmetic they do, so they are assembly, which the compiler leaves whe
 registers of two: one product each, and the other consumers' products meanwhile.
 
 Scales come from shared memory, in which the producer's copies have put them, when they are needed. Loaded by the consumers
-they come late, and with a scale a row of B a thread would hold 64 of them.
+they come late, and with a scale a row of B a thread would hold 64 of them. Threads read them, the tensor core reads the
+rest; the engine that copies knows nothing of threads' reads, and overwrites what is still being read unless a fence
+stands before the buffer is passed on.
 
 The problem, the equation and the floors are those of `fp8_gemm` and `grouped_fp8`, whose references are the specification.
 Hopper only (capability 9.x), not in Triton's CPU interpreter.
@@ -134,6 +136,7 @@ def _turn(total, a_buffers, b_buffers, as_buffers, bs_buffers, full, empty, b_sc
             total = gl.inline_asm_elementwise(
                 "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [product, (a_scale * b_ahead)[:, None], total],
                 dtype=gl.float32, is_pure=False, pack=1)
+        fence_async_shared()  # the scales have been read: without it their loads may still be under way when copies arrive
         mbarrier.arrive(empty.index(stage), count=1)
         if i + 1 < COUNT:
             ahead, place = following, product

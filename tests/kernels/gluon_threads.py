@@ -9,7 +9,9 @@ at the same time here too, so that what goes wrong there goes wrong here, or is 
     tensor core      a product takes its operands when it is started; when it is waited for they must be unchanged, and
                      nobody can calculate with a sum that was not waited for
 
-Not checked: layouts, proxy fences, registers, programs of one launch that run at the same time (they run in turn).
+    fence            who has read by itself what the copy engine writes must have passed one before it arrives at a barrier
+
+Not checked: layouts, fences after writes, registers, programs of one launch that run at the same time (they run in turn).
 Layouts of shared memory are those of the copy engine: a matrix wider than 128 bytes lies in boxes of 128 bytes.
 """
 
@@ -29,9 +31,10 @@ import torch
 
 LOCK = threading.Condition()
 LIMIT, PAUSE = 20.0, 0.0004  # seconds: when a wait is a deadlock; the longest sleep
-HERE = threading.local()  # of a partition: the program it belongs to, products not waited for
+HERE = threading.local()  # of a partition: the program it belongs to, products not waited for, memory read without a fence
 FAILED: list[str] = []
 COPIES: queue.Queue = queue.Queue()
+COPIED: set[int] = set()  # memory that the copy engine writes
 
 
 def load(path) -> ModuleType:
@@ -67,11 +70,12 @@ class Kernel:
         def launch(*args, num_warps):
             args = [Pointer(x) if isinstance(x, torch.Tensor) else x for x in args]
             FAILED.clear()
+            COPIED.clear()
             engine = threading.Thread(target=copy_engine)
             engine.start()
             try:
                 for program in itertools.product(*(range(n) for n in grid)):
-                    HERE.program, HERE.products, HERE.grid = program, [], grid
+                    enter(program, grid)
                     self.function(*args)
             finally:
                 COPIES.put(None)
@@ -90,7 +94,7 @@ def warp_specialize(partitions, warps, registers):
     program, grid = HERE.program, HERE.grid
 
     def run(function, args):
-        HERE.program, HERE.products, HERE.grid = program, [], grid
+        enter(program, grid)
         try:
             function(*args)
         except BaseException:
@@ -104,6 +108,10 @@ def warp_specialize(partitions, warps, registers):
     for thread in threads:
         thread.join()
     assert not FAILED, FAILED[0]
+
+
+def enter(program, grid):
+    HERE.program, HERE.grid, HERE.products, HERE.unfenced = program, grid, [], set()
 
 
 def pause():
@@ -186,8 +194,12 @@ class Shared:
         return self.logical().reshape(self.shape)
 
     def load(self, layout):
+        HERE.unfenced.add(self.memory())
         with LOCK:
             return value(self.read().clone())
+
+    def memory(self):
+        return self.flat.untyped_storage().data_ptr()
 
     def store(self, x):
         assert list(x.shape) == self.shape, f"{list(x.shape)} into {self.shape}"
@@ -200,6 +212,9 @@ class Part(Shared):
 
     def __init__(self, whole, inside, shape):
         self.whole, self.inside, self.shape, self.dtype = whole, inside, shape, whole.dtype
+
+    def memory(self):
+        return self.whole.memory()
 
     def read(self):
         return self.whole.read()[self.inside]
@@ -259,9 +274,14 @@ def wait(barrier, phase):
     pause()
 
 
+def fence():
+    HERE.unfenced.clear()
+
+
 def arrive(barrier, count=1, pred=True):
     pause()
     if pred:
+        assert not HERE.unfenced & COPIED, "no fence between reading what the copy engine writes and passing it on"
         barrier.only().change(count, 0)
 
 
@@ -278,6 +298,7 @@ class Descriptor:
 
 
 def copy_in(descriptor, corner, barrier, target):
+    COPIED.add(target.memory())
     target.store(torch.full(target.shape, torch.nan))
     COPIES.put((time.monotonic() + 5 * PAUSE * random.random(), descriptor, [int(x) for x in corner], barrier, target))
 
@@ -394,7 +415,7 @@ LANGUAGE = SimpleNamespace(
     BlockedLayout=anything, NVMMASharedLayout=Layout, float8e4nv=torch.float8_e4m3fn,
 )  # fmt: skip
 HOPPER = SimpleNamespace(
-    fence_async_shared=anything, warpgroup_mma=warpgroup_mma, warpgroup_mma_wait=warpgroup_mma_wait,
+    fence_async_shared=fence, warpgroup_mma=warpgroup_mma, warpgroup_mma_wait=warpgroup_mma_wait,
     mbarrier=SimpleNamespace(
         init=lambda barrier, count: barrier.only().init(count), wait=wait, arrive=arrive, MBarrierLayout=anything,
         expect=lambda barrier, n_bytes: barrier.only().change(1, n_bytes),

@@ -92,9 +92,10 @@ def test_grouped(kernels):
         ("product = warpgroup_mma_wait(1, deps=[ahead])", "product = ahead", check_dense, CUTS[0], "Error"),
         ("b_scales + (i + 1) * b_stride_k", "b_scales + i * b_stride_k", check_dense, CUTS[0], "assert"),
         ("if KIND != \"wgrad\" or a_row + PART * 64 < M:", "if True:", check_wgrad, CUTS[0], "assert"),
+        ("fence_async_shared()  # the scales", "pass  # the scales", check_dense, CUTS[3], "no fence"),
     ],
     ids=["race", "deadlock", "passed on too early", "not there yet", "under way", "next block's scale",
-         "next expert's rows"],
+         "next expert's rows", "reads under way"],
 )  # fmt: skip
 def test_errors_show(tmp_path, monkeypatch, right, wrong, run, cut, message):
     monkeypatch.setattr(gluon_threads, "LIMIT", 2.0)
