@@ -1,8 +1,8 @@
 """One step of a pipeline as it ran: when each action of each rank started and ended, to be drawn beside the simulation.
 
 On a GPU the moments are CUDA events in the stream, so starting kernels ahead of time costs nothing and a rank's wait for a
-message lies before the action that needs it. On a CPU they are readings of the clock. All ranks count from their own start
-behind a barrier: their zeros differ by some microseconds.
+message lies before the action that needs it. All ranks count from their own start behind a barrier: their zeros differ by
+some microseconds. On a CPU they are readings of the clock, which the processes of a machine share, and so is the zero.
 """
 
 import time
@@ -27,6 +27,16 @@ def _now(device: torch.device) -> torch.cuda.Event | float:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
+
+
+def _shared(zero: torch.cuda.Event | float) -> torch.cuda.Event | float:
+    """The earliest rank's zero, if it is a reading of the clock that all ranks read; two machines differ by more."""
+    if not isinstance(zero, float):
+        return zero
+    readings = torch.zeros(dist.get_world_size(), dtype=torch.float64)
+    readings[dist.get_rank()] = zero
+    dist.all_reduce(readings)
+    return readings.min().item() if readings.max() - readings.min() < 60 else zero
 
 
 def _between(start, end) -> float:
@@ -57,7 +67,7 @@ def record(engine: Engine, run: Callable[[], None], device: torch.device) -> lis
             watch(stage, method, kind_of)
     synchronize()
     dist.barrier()
-    zero = _now(device)
+    zero = _shared(_now(device))
     run()
     synchronize()
     for stage in engine._stages:
