@@ -111,6 +111,8 @@ class Fp8MLP(MLP):
 class Fp8Experts(Experts):
     """All routed experts of a layer, on the very weights of an `Experts`."""
 
+    may_copy = False
+
     @classmethod
     def of(cls, experts: Experts, recipe: str | Fp8Recipe = "v3") -> Fp8Experts:
         found = cls.__new__(cls)

@@ -117,6 +117,8 @@ class Experts(nn.Module):
     """All routed experts of a layer: ``gate_up_proj`` (E, 2F, D), gate rows above up rows, and ``down_proj`` (E, D, F).
     On disk they are ``experts.E.{gate,up,down}_proj``: checkpoint.py splits and stacks."""
 
+    may_copy = True  # whether `copied_once` serves these; not where weights are quantised
+
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         e, d, f = cfg.n_routed_experts, cfg.hidden_size, cfg.moe_intermediate_size
@@ -170,7 +172,7 @@ class Experts(nn.Module):
 def copied_once(experts: Sequence[Experts]) -> Iterator[None]:
     """Inside, where nobody may write to the weights, experts that multiply in BF16 on kernels make one copy of float32
     weights for all forward passes: for the micro-batches of a step under autocast."""
-    served = [layer for layer in experts if type(layer) is Experts and layer.down_proj.dtype != torch.bfloat16
+    served = [layer for layer in experts if layer.may_copy and layer.down_proj.dtype != torch.bfloat16
               and uses_kernels(layer.down_proj)]  # fmt: skip
     for layer in served:
         layer.copies = layer.copy_weights()

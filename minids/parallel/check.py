@@ -42,6 +42,7 @@ from minids.pipeline.check import LAMBDA, ROWS, batches, tiny_config
 from minids.pipeline.launch import deadline, device_of, initialise, start_local
 from minids.train.optim import OptimConfig, Optimizer
 from minids.train.settings import TrainConfig
+from minids.train.state import write_atomic
 from minids.train.step import StepResult, compute_gradients, split_rows
 
 LR, GAMMA, SEED = 1e-3, 1e-3, 0
@@ -244,9 +245,7 @@ def run(rank: int, options: argparse.Namespace) -> None:
             found.append(result)
             print(line(result), flush=True)
     if rank == 0 and options.json is not None:
-        temporary = options.json.with_name(options.json.name + ".tmp")
-        temporary.write_text(json.dumps([asdict(result) for result in found], indent=2) + "\n")
-        os.replace(temporary, options.json)
+        write_atomic(options.json, json.dumps([asdict(result) for result in found], indent=2) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -18,9 +18,7 @@ Shapes: B rows, T tokens, L MoE layers, E experts.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -29,14 +27,14 @@ from torch import Tensor
 from minids.config import ModelConfig
 from minids.fp8 import to_fp8
 from minids.fp8.linear import quantised_once
-from minids.kernels import uses_kernels
 from minids.model.auxiliary import NoisyTopK
 from minids.model.balancer import Balancer, parse_all
 from minids.model.load import LoadMeter
 from minids.model.loss import IGNORE
+from minids.model.moe import copied_once
 from minids.model.transformer import Transformer
 from minids.parallel.dispatch import Wire
-from minids.parallel.experts import ShardedExperts, is_expert, shard_experts
+from minids.parallel.experts import is_expert, shard_experts
 from minids.parallel.mesh import Mesh
 from minids.parallel.zero import RankOptimizer, ZeroOptimizer
 from minids.train.settings import TrainConfig
@@ -45,20 +43,6 @@ from minids.train.step import StepResult, micro_batch, split_rows
 DTYPES = {"fp32": torch.float32, "bf16-autocast": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEASURES = ("tokens", "asked", "received", "max_violation", "token_entropy", "nodes")  # a LoadMeter's, a number a layer
 WIRES = {"exact": Wire(), "v3": Wire.v3()}
-
-
-@contextlib.contextmanager
-def copied_once(model: Transformer) -> Iterator[None]:
-    """`minids.model.moe.copied_once` for sharded experts: one BF16 copy of FP32 weights for all micro-batches."""
-    served = [layer for layer in model.experts() if isinstance(layer, ShardedExperts)
-              and layer.down_proj.dtype != torch.bfloat16 and uses_kernels(layer.down_proj)]  # fmt: skip
-    for layer in served:
-        layer.copies = layer.copy_weights()
-    try:
-        yield
-    finally:
-        for layer in served:
-            layer.copies = None
 
 
 def check_batch(rows: int, ranks: int) -> None:
@@ -115,7 +99,7 @@ class ExpertParallel:
         inputs, labels, ids = (part.chunk(ranks)[self.data.rank] for part in (inputs, labels, ids))
         losses = torch.zeros(3 + self.cfg.num_nextn_predict_layers, dtype=torch.float64, device=self.device)
         meter = LoadMeter(self.cfg)
-        with quantised_once(self.model), copied_once(self.model):
+        with quantised_once(self.model), copied_once(self.model.experts()):
             for start in range(0, len(inputs), config.micro_batch):
                 part = slice(start, start + config.micro_batch)
                 (total, loss, balance), depths, routings = micro_batch(

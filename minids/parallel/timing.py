@@ -35,6 +35,7 @@ from minids.parallel.mesh import Layout, Mesh
 from minids.parallel.nodes import simulate_routing
 from minids.parallel.peers import Tally
 from minids.pipeline.launch import device_of, initialise, start_local
+from minids.train.state import write_atomic
 
 WIRES = {"BF16": Wire("bf16", "bf16"), "FP8 there": Wire.v3()}
 
@@ -141,9 +142,7 @@ def run(rank: int, options: argparse.Namespace) -> None:
             if rank == 0:
                 print(line(found[-1]), flush=True)
     if rank == 0 and options.json is not None:
-        temporary = options.json.with_name(options.json.name + ".tmp")
-        temporary.write_text(json.dumps([asdict(one) for one in found], indent=2) + "\n")
-        os.replace(temporary, options.json)
+        write_atomic(options.json, json.dumps([asdict(one) for one in found], indent=2) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:

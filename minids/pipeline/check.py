@@ -35,6 +35,7 @@ from minids.pipeline.runtime import Pipeline, Placement
 from minids.pipeline.schedules import NAMES
 from minids.train.optim import OptimConfig, Optimizer
 from minids.train.settings import TrainConfig
+from minids.train.state import write_atomic
 from minids.train.step import compute_gradients
 
 LR, LAMBDA, GAMMA = 1e-2, 0.3, 1e-3
@@ -159,9 +160,7 @@ def run(rank: int, options: argparse.Namespace) -> None:
                   f"next loss {result.next_loss:.1e}",
                   flush=True)  # fmt: skip
     if rank == 0 and options.json is not None:
-        temporary = options.json.with_name(options.json.name + ".tmp")
-        temporary.write_text(json.dumps([asdict(result) for result in found], indent=2) + "\n")
-        os.replace(temporary, options.json)
+        write_atomic(options.json, json.dumps([asdict(result) for result in found], indent=2) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:

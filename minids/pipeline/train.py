@@ -24,6 +24,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +34,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from minids import checkpoint
+from minids.config import ModelConfig
 from minids.data import Data, build_data
 from minids.model.transformer import Transformer
 from minids.pipeline.launch import Watch, device_of, initialise
@@ -73,11 +75,16 @@ def train_pipeline(config: TrainConfig) -> dict:
     if "RANK" not in os.environ:
         raise ValueError(f"--pipeline {config.pipeline} needs one process a rank: start it as "
                          "torchrun --nproc-per-node 4 -m minids train --pipeline ...")  # fmt: skip
+    return run_rank(config, lambda config: check(config, int(os.environ["WORLD_SIZE"])), PipelineRun)
+
+
+def run_rank(config: TrainConfig, check: Callable[[TrainConfig], Path | None], kind: type["PipelineRun"]) -> dict:
+    """One of torchrun's processes: ``check`` gives the checkpoint to resume from or refuses, ``kind`` is the run."""
     rank = int(os.environ["RANK"])
     if config.recipe.batch_start is None and not _ramp_of_the_run(config):
         config.recipe.batch_start = config.recipe.batch  # a ramp passes through batches that no schedule can cut
     try:
-        found = check(config, int(os.environ["WORLD_SIZE"]))
+        found = check(config)
     except (ValueError, FileExistsError, FileNotFoundError):
         if rank == 0:
             raise
@@ -86,7 +93,7 @@ def train_pipeline(config: TrainConfig) -> dict:
     settings = config.to_dict()
     with initialise(config.device) as watch:
         config.device = str(device_of(config.device))
-        run = PipelineRun(config, rank, watch)
+        run = kind(config, rank, watch)
         run.start(settings, found)
         return run.run()
 
@@ -101,19 +108,24 @@ class PipelineRun:
             self.data = self._read_data()
         tokenizer = self.data.tokenizer
         cfg = config.model_config(tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id)
-        torch.manual_seed(config.seed)
-        self.pipeline = Pipeline(Placement.plan(config, cfg, self.ranks), config, torch.device(config.device))
+        self.pipeline = self._engine(cfg)
         self.log: MetricsLog | None = None
         self.found: Path | None = None  # the checkpoint that the run goes on from
+
+    def _engine(self, cfg: ModelConfig) -> Pipeline:
+        """What computes gradients and takes steps, its weights drawn."""
+        torch.manual_seed(self.config.seed)
+        return Pipeline(Placement.plan(self.config, cfg, self.ranks), self.config, torch.device(self.config.device))
 
     def start(self, settings: dict, found: Path | None) -> None:
         """Open the run folder on rank 0, and take over the checkpoint ``found``."""
         self.found, config, values = found, self.config, None
         if found is not None:
-            values = load_state(self.pipeline, found)
+            values = json.loads((found / "trainer.json").read_text())
             if values["data"] != fingerprint(self.data):
                 raise ValueError(f"--resume: the training tokens are not those of the run in {config.folder} (the corpus "
                                  f"or the tokenizer has changed): {values['data']} then, {fingerprint(self.data)} now")
+            self._load(found, values)
             self.progress = Progress(**values["progress"])
             state.set_rng_state(load_rng(found), values["rng"])
         dist.barrier()  # rank 0 changes the folder when all have read it
@@ -122,6 +134,10 @@ class PipelineRun:
             if found is None:
                 self.data.tokenizer.save(config.folder / "tokenizer.json")
             self.log = MetricsLog(config.folder / "metrics.jsonl", values["metrics_bytes"] if values else 0)
+
+    def _load(self, found: Path, values: dict) -> None:
+        """Weights, bias and moments of this rank's part."""
+        load_state(self.pipeline, found)
 
     def _read_data(self) -> Data:
         """Rank 0 first: it fills the cache that the others then find full."""
@@ -184,10 +200,9 @@ class PipelineRun:
         return self._record(result, rates, moved) | {"tokens_per_second": speed} | self._utilisation(speed, config)
 
     def _record(self, result: StepResult, rates: dict, moved: bool) -> dict:
-        micro_batches = choose_micro_batches(self.config, self.ranks, rates["batch"])
         record = {"step": self.progress.step, "tokens": self.progress.tokens, "loss": result.loss,
                   "mtp_loss": result.mtp_losses, "balance_loss": result.balance_loss,
-                  "grad_norm": self.pipeline.optimizer.grad_norm, **rates, "micro_batches": micro_batches}  # fmt: skip
+                  "grad_norm": self.pipeline.optimizer.grad_norm, **rates, **self._cut(rates["batch"])}  # fmt: skip
         if len(result.loads):
             found = result.meter.read()
             violation = found["max_violation_global"]
@@ -195,6 +210,10 @@ class PipelineRun:
             for name in ("token_entropy", "load_entropy", "dropped_share", "experts_per_token", "nodes_per_token"):
                 record[name] = sum(found[name]) / len(found[name])
         return record | {"skipped": self.progress.skipped, "applied": moved}
+
+    def _cut(self, rows: int) -> dict:
+        """How a batch was cut, for the record."""
+        return {"micro_batches": choose_micro_batches(self.config, self.ranks, rows)}
 
     def _utilisation(self, speed: float, config: TrainConfig) -> dict:
         if torch.device(config.device).type != "cuda":
