@@ -17,6 +17,7 @@ products, ||C - exact|| / ||exact|| against FP32 from the same inputs.
 from collections.abc import Callable
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from minids.bench.common import Report
 from minids.bench.gpu import measure, measure_limits, record, time_all
 from minids.bench.gpu_cases import BF16, CHECKED, Case, Limits, block_scaled, error, normal
 from minids.bench.ladder_kernels import PRODUCT, QUANTIZE, product, quantize, read_again
-from minids.kernels import gemm_fp8
+from minids.kernels import gemm_fp8, latent_attention
 from minids.kernels.quantize import reference
 
 TOKENS = (8192, 7168)  # quantised: M, K
@@ -57,7 +58,8 @@ def run(rounds: int) -> Report:
     }  # fmt: skip
     report.notes.append(f"limits: {', '.join(f'{name} {value:.4g}' for name, value in limits.items())}")
     for row in report.data["heads"]:
-        report.notes.append(f"MLA decoding, {row['heads']} heads: {row['bytes_rate']:.3g} TB/s, {row['rate']:.4g} TFLOP/s")
+        rates = f"{row['bytes_rate']:.3g} TB/s, {row['rate']:.4g} TFLOP/s, plain kernel {row['plain_rate']:.4g} TFLOP/s"
+        report.notes.append(f"MLA decoding, {row['heads']} heads: {rates}")
     report.notes.append(f"the same product, TFLOP/s: {report.data['zeros']}")
     for row in report.data["adding"]:
         report.notes.append(f"sums of {row['k']}: lost {row['lost']}")
@@ -157,7 +159,7 @@ def waves(rounds: int) -> list[dict[str, Any]]:
 
 
 def heads(limits: Limits, rounds: int) -> list[dict[str, Any]]:
-    """MLA decoding with more and more heads on the same cache."""
+    """MLA decoding with more and more heads on the same cache: the package's choice, and the plain Triton kernel."""
     slots, latent, rope = 64, 512, 64
     pages = normal(ROWS * CACHED // slots, slots, latent + rope)
     order = torch.randperm(len(pages), device="cuda").int().view(ROWS, -1)
@@ -166,12 +168,16 @@ def heads(limits: Limits, rounds: int) -> list[dict[str, Any]]:
     for h in HEADS:
         q = normal(ROWS, h, latent + rope) / 8
         call = lambda q=q: kernels.mla_decode(q, pages, order, lengths, rank=latent, scale=192**-0.5)  # noqa: E731
-        seconds = median(time_all({"minids": record(call)}, rounds)["minids"])
+        calls = {"minids": record(call)}
+        with patch.object(latent_attention, "gluon_applies", lambda q, rank: False):
+            calls["plain"] = record(call)
+        times = time_all(calls, rounds)
+        seconds, plain = median(times["minids"]), median(times["plain"])
         work, n_bytes = 2.0 * ROWS * CACHED * h * (2 * latent + rope), 2.0 * pages.numel()
         floor = max(n_bytes / limits["copy"], work / limits["bf16"])
         found.append({
             "heads": h, "rate": work / seconds / 1e12, "bytes_rate": n_bytes / seconds / 1e12,
-            "intensity": work / n_bytes, "share_of_floor": floor / seconds,
+            "intensity": work / n_bytes, "share_of_floor": floor / seconds, "plain_rate": work / plain / 1e12,
         })  # fmt: skip
     return found
 
