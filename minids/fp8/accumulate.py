@@ -10,14 +10,25 @@ exponent bits, 13 fraction bits (FP22). For products p_i of one step
 
 where trunc goes towards zero and cut keeps the leading `bits` bits, towards zero too. So every step loses up to one part
 in 2^13 of the accumulator and, while the sum keeps its sign, always on the same side: errors do not average out, they
-grow with the number of steps. In units of |a| @ |b| (for non-negative operands: of the result) the error is below
+grow with the number of steps.
 
-    K / 32 * 2^-(bits - 1)  +  32 * 2^-(bits - 1)                (collecting; aligning 32 products, worst case)
+Is the accumulator itself one of the numbers that are aligned? The papers do not say. It is, by default:
+`shared_alignment=True` takes acc into the maximum, so that beside a large sum all 32 products are cut at *its* last bit.
+False takes the words literally: products among themselves. An H200 was asked (`python -m minids.bench kernel_ladder`,
+figures/bench/kernel_ladder.json): sums of K products of E4M3 numbers from 0 to 1 come out too small, in the mean, by
 
-which is 1.6% + 0.4% for K = 4096. What to expect is less: a cut loses half a unit in the mean, 0.36 * 2^-13 of acc, and
-acc grows to its final value step by step: K / 32 * 0.18 * 2^-13 = 0.28% of a result. V3 reports "a maximum relative error
-of nearly 2%" of random matrices with K = 4096, without saying of what. Here, for normal ones: the largest of 256 x 256
-errors is 1.3 to 1.8% of the root mean square result, and one result in twenty errs by more than 1.9% of itself.
+    K                                   512      1024     2048     4096      promoted every 128
+    H200                                0.516%   1.34%    3.09%    6.60%     0.050%
+    shared_alignment=True               0.513%   1.33%    3.10%    6.61%     0.050%
+    shared_alignment=False              0.035%   0.068%   0.133%   0.265%    0.011%
+
+For normal matrices, whose sums change sign, the two differ little: at K = 4096 the largest error is 1.4 to 1.9% and 1.4 to
+1.5% of the root mean square result. V3 reports "a maximum relative error of nearly 2%" of random matrices with K = 4096,
+without saying of what; it fits both.
+
+What to expect. A cut loses half a unit in the mean, 0.36 * 2^-13 of acc, and acc grows to its final value step by step.
+One cut a step (False): K / 32 * 0.18 * 2^-13 = 0.28% of a result of positive numbers, K = 4096. With shared alignment 32
+products lose as much each: up to 33 times that, and less where products have no bits below the sum's last one.
 
 The repair: every N_C = 128 numbers of K, that is after 4 steps, the partial sum goes to an FP32 register of the CUDA
 cores and the accumulator starts at zero. Then 4 steps err, whatever K is, and FP32 adds the rest. It is also the moment
@@ -25,19 +36,6 @@ at which scales of 1 x 128 tiles can be applied, since they differ from one stre
 
 Simplifications. V3 does not say how the hardware adds 32 products inside (in what order, with what carry bits); here that
 sum is exact once the terms are cut. Exponents are those of the values, not of unnormalised mantissas.
-
-What the chip does. The above reads V3's words: products are aligned to the largest *product*. With `shared_alignment=True`
-the accumulator is a 33rd term of the alignment, so that products are cut at its last bit, and sums of one sign lose far
-more. An H200 was asked (`python -m minids.bench kernel_ladder`, figures/bench/kernel_ladder.json): sums of K products of
-E4M3 numbers from 0 to 1, in the mean,
-
-    K                                   512      1024     2048     4096      promoted every 128
-    H200                                0.516%   1.34%    3.09%    6.60%     0.050%
-    shared_alignment=True               0.513%   1.33%    3.10%    6.61%     0.050%
-    shared_alignment=False              0.035%   0.068%   0.133%   0.265%    0.011%
-
-so it is the second that Hopper does. For normal matrices, whose sums change sign, the two differ little: at K = 4096 the
-largest error is 1.4 to 1.5% and 1.4 to 1.9% of the root mean square result, and V3's "nearly 2%" fits both.
 
 Shapes: M rows, N columns, K summed; k = K / promote_every scales along K.
 """
@@ -56,7 +54,7 @@ TINY = 2.0**-100  # far below any product of scaled FP8 numbers, far above what 
 
 def matmul(
     a: Tensor, b: Tensor, *, bits: int | None = BITS, promote_every: int | None = PROMOTE_EVERY,
-    a_scale: Tensor | None = None, b_scale: Tensor | None = None, group: int = GROUP, shared_alignment: bool = False,
+    a_scale: Tensor | None = None, b_scale: Tensor | None = None, group: int = GROUP, shared_alignment: bool = True,
 ) -> Tensor:  # fmt: skip
     """a @ b as the tensor core adds it up.
 
@@ -66,7 +64,8 @@ def matmul(
         promote_every: N_C, a multiple of group: numbers of K after which the sum goes to FP32; None: never.
         a_scale: (M, k), b_scale: (k, N), or broadcastable to these: multipliers of each stretch of promote_every numbers,
             applied as it is promoted. Without promotion no hardware can apply them; then k must be 1.
-        group: products added at once. shared_alignment: see above.
+        group: products added at once.
+        shared_alignment: whether the running sum is aligned with the products, as an H200 does, or they without it.
 
     Returns:
         (M, N) float32.
@@ -88,10 +87,17 @@ def matmul(
     return total
 
 
-def error_bound(k: int, bits: int = BITS, promote_every: int | None = PROMOTE_EVERY, group: int = GROUP) -> float:
-    """Largest error of a sum of k products, in units of |a| @ |b|: the equation above. FP32's own error is left out."""
-    steps = -(-min(k, promote_every or k) // group)
-    return (steps + group) * 2.0 ** -(bits - 1)
+def error_bound(k: int, bits: int = BITS, promote_every: int | None = PROMOTE_EVERY, group: int = GROUP,
+                shared_alignment: bool = True) -> float:  # fmt: skip
+    """Largest error of a sum of k products, in units of |a| @ |b|; FP32's own error is left out.
+
+    With n steps: collecting loses n 2^-(bits - 1) at most. Products aligned among themselves lose group 2^-(bits - 1) in
+    all, since the steps' largest add up to |a| @ |b| at most: (n + group) 2^-(bits - 1), 1.6% + 0.4% for K = 4096. Aligned
+    to the sum they may lose that in every step, and the sum once more: (n + n group + 1) 2^-(bits - 1), far from what
+    happens.
+    """
+    n = -(-min(k, promote_every or k) // group)
+    return (n + (n * group + 1 if shared_alignment else group)) * 2.0 ** -(bits - 1)
 
 
 def _tensor_core(a: Tensor, b: Tensor, bits: int, group: int, shared_alignment: bool) -> Tensor:
@@ -134,6 +140,9 @@ def _check(a: Tensor, b: Tensor, bits: int | None, promote_every: int | None, gr
             raise TypeError(f"{name}: got dtype {x.dtype}, expected a floating-point matrix")
         if not torch.isfinite(x.float()).all():
             raise ValueError(f"{name}: holds NaN or infinity, expected finite numbers")
+    for name, value in (("bits", bits), ("promote_every", promote_every), ("group", group)):
+        if not (isinstance(value, int) or (value is None and name != "group")):
+            raise TypeError(f"{name}: got {value!r}, expected an integer" + (" or None" if name != "group" else ""))
     if bits is not None and not 2 <= bits <= EXACT_BITS:
         raise ValueError(f"bits: got {bits}, expected 2 to {EXACT_BITS}, or None for FP32")
     if not 1 <= group <= GROUP:

@@ -2,12 +2,14 @@
 precision").
 
 minids/fp8/accumulate.py simulates a tensor core bit by bit, down to the alignment of the 32 products of one step, at
-some 5 ns a product. Of its two errors the larger is that of collecting the steps,
+some 5 ns a product. Here is what a matrix product can do of it, the collecting of steps in a short register,
 
     acc = cut(acc + sum of 32 products)          cut: keep 14 leading bits, towards zero
 
-and that is a matrix product of 32 columns and one AND over the accumulator. So here the 32 products are added exactly
-(up to FP32): errors are those of accumulate.py less the alignment's.
+which is a product of 32 columns and one AND over the accumulator. The 32 products are added exactly (up to FP32). So
+errors are those of `accumulate.matmul(shared_alignment=False)`, V3's words, less the alignment among 32 products. They
+are a lower bound of the chip's: there products are cut at the sum's last bit, and sums of one sign lose 15 to 25 times
+as much (K from 512 to 4096). Sums that change sign lose alike.
 
 With scales of tiles the partial sum of 128 products is scaled as it is promoted to FP32; a scale of a whole tensor
 waits for the end.

@@ -1,8 +1,10 @@
 """The simulated accumulator against one written with exact fractions, its error bound, and V3's 2% at K = 4096."""
 
+import json
 import math
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ def cut(x: Fraction, unit: Fraction) -> Fraction:
     return math.trunc(x / unit) * unit
 
 
-def dot_by_fractions(a, b, bits, promote_every, group=32, shared_alignment=False) -> Fraction:
+def dot_by_fractions(a, b, bits, promote_every, group=32, shared_alignment=True) -> Fraction:
     """One result, one step at a time, as V3 3.5.2 tells it."""
     total = acc = Fraction(0)
     products = [Fraction(x) * Fraction(y) for x, y in zip(a, b, strict=True)]
@@ -83,7 +85,8 @@ def test_the_sum_is_cut_exactly():
     a, b = torch.zeros(1, 64), torch.zeros(64, 1)
     a[0, 0] = b[0] = 1.0
     a[0, 40], b[40] = -(2.0**-13), 2.0**-13
-    assert matmul(a, b).item() == 1 - 2.0**-14
+    assert matmul(a, b, shared_alignment=False).item() == 1 - 2.0**-14
+    assert matmul(a, b).item() == 1  # beside a sum of 1 the product has no bit left
 
 
 def test_small_sums_stand_still_beside_a_large_one():
@@ -100,15 +103,16 @@ def test_small_sums_stand_still_beside_a_large_one():
 
 @given(
     k=st.integers(1, 700), seed=st.integers(0, 2**31), binades=st.sampled_from([0.0, 3.0]), bits=st.integers(6, 16),
-    promote=st.sampled_from([None, 128]),
+    promote=st.sampled_from([None, 128]), shared=st.booleans(), gen=st.sampled_from([torch.randn, torch.rand]),
 )  # fmt: skip
-@settings(max_examples=40)
-def test_error_bound(k, seed, binades, bits, promote):
-    a, b = e4m3(8, k, seed=seed, binades=binades), e4m3(k, 8, seed=seed + 1, binades=binades)
-    error = (matmul(a, b, bits=bits, promote_every=promote).double() - a.double() @ b.double()).abs()
+@settings(max_examples=60)
+def test_error_bound(k, seed, binades, bits, promote, shared, gen):
+    a, b = (e4m3(*shape, seed=seed + i, binades=binades, gen=gen) for i, shape in enumerate(((8, k), (k, 8))))
+    found = matmul(a, b, bits=bits, promote_every=promote, shared_alignment=shared)
+    error = (found.double() - a.double() @ b.double()).abs()
     sums = a.double().abs() @ b.double().abs()
     fp32 = (k // 128 + 1) * 2.0**-23
-    assert (error <= (error_bound(k, bits, promote) + fp32) * sums).all()
+    assert (error <= (error_bound(k, bits, promote, shared_alignment=shared) + fp32) * sums).all()
 
 
 def test_k_4096_errs_by_about_two_percent_and_promotion_repairs_it():
@@ -117,17 +121,18 @@ def test_k_4096_errs_by_about_two_percent_and_promotion_repairs_it():
     one result in twenty errs by more than 1.9%.
 
     Expected of the typical result: 128 steps, each cutting 0.36 * 2^-13 of the sum so far, which grows linearly: 0.28%.
+    All this of products aligned among themselves, V3's words; the chip's way is asked below.
     """
     a, b = e4m3(256, 4096), e4m3(4096, 256, seed=1)
     exact = a.double() @ b.double()
     rms = exact.pow(2).mean().sqrt()
     start = time.perf_counter()
-    cut14 = (matmul(a, b, promote_every=None) - exact) / rms
+    cut14 = (matmul(a, b, promote_every=None, shared_alignment=False) - exact) / rms
     seconds = time.perf_counter() - start
-    promoted = (matmul(a, b) - exact) / rms
+    promoted = (matmul(a, b, shared_alignment=False) - exact) / rms
     assert 0.0125 < cut14.abs().max() < 0.02
     assert (cut14 * rms / exact).abs().flatten().quantile(0.95).item() == pytest.approx(0.019, abs=0.001)
-    assert error_bound(4096, promote_every=None) == pytest.approx(0.0195, abs=1e-4)
+    assert error_bound(4096, promote_every=None, shared_alignment=False) == pytest.approx(0.0195, abs=1e-4)
     assert cut14.pow(2).mean().sqrt() == pytest.approx(128 * 0.36 / 2 * 2**-13, rel=0.15)
     assert promoted.abs().max() < 0.0006 and promoted.pow(2).mean().sqrt() < cut14.pow(2).mean().sqrt() / 25
     assert seconds < 20  # a second on an idle core
@@ -143,11 +148,25 @@ def test_error_grows_with_k_only_without_promotion():
         a, b = e4m3(32, k, gen=torch.rand), e4m3(k, 32, seed=1, gen=torch.rand)
         exact = a.double() @ b.double()
         for promote in (None, 128):
-            relative = ((matmul(a, b, promote_every=promote) - exact) / exact).abs().max().item()
-            assert relative < error_bound(k, promote_every=promote)
+            relative = ((matmul(a, b, promote_every=promote, shared_alignment=False) - exact) / exact).abs().max().item()
+            assert relative < error_bound(k, promote_every=promote, shared_alignment=False)
             worst[k, promote] = relative
     assert worst[4096, None] > 3 * worst[1024, None] > 6 * worst[256, None]
     assert max(worst[k, 128] for k in (256, 1024, 4096)) < 4 * 2.0**-14  # four steps of less than half a unit in the mean
+
+
+def test_by_default_it_loses_what_an_h200_loses():
+    """Sums of numbers from 0 to 1, the mean loss: by default as measured (figures/bench/kernel_ladder.json), because the
+    sum is aligned with the products; without that, 25 times less. Other draws than the chip's: 5% apart at most."""
+    rows = json.loads((Path(__file__).parents[2] / "figures/bench/kernel_ladder.json").read_text())["data"]["adding"]
+    chip = {row["k"]: row["lost"] for row in rows}
+    for k in (512, 4096):
+        a, b = e4m3(32, k, gen=torch.rand), e4m3(k, 32, seed=1, gen=torch.rand)
+        exact = a.double() @ b.double()
+        for promote, name in ((None, "tensor core"), (128, "minids")):
+            lost = [((exact - matmul(a, b, promote_every=promote, **way)) / exact).mean().item()
+                    for way in ({}, {"shared_alignment": False})]  # fmt: skip
+            assert lost[0] == pytest.approx(chip[k][name], rel=0.05) and lost[1] < lost[0] / 4
 
 
 def test_no_bits_is_fp32():
@@ -188,6 +207,9 @@ def test_refuses():
         matmul(a, b, bits=24)
     with pytest.raises(ValueError, match="promote_every: got 48, expected a multiple of group = 32"):
         matmul(a, b, promote_every=48)
+    for name, value in (("bits", 14.5), ("promote_every", 128.0), ("group", None)):
+        with pytest.raises(TypeError, match=f"{name}: got {value}, expected an integer"):
+            matmul(a, b, **{name: value})
     with pytest.raises(ValueError, match="group: got 64"):
         matmul(a, b, group=64)
     with pytest.raises(ValueError, match="b: holds NaN"):
