@@ -111,6 +111,26 @@ def test_mistakes_in_rounding_are_named(lesson, slip, hint):
     lesson.refuses("1", lambda x: e5m2(x, **slip), hint)
 
 
+def without_carry(x, kept):
+    """The mantissa is rounded to eighths of its own binade and then cut to its two bits, or held at the largest."""
+    size = min(abs(x), 57344.0)
+    step = 2.0 ** (max(math.frexp(size)[1] - 1, -14) - 2) if size else 2.0**-16
+    n, field = round(size / step), int(math.log2(step)) + 16
+    full = 4 if size < 2.0**-14 else 8
+    n = {"cut": n - 4, "held": n - 1}[kept] if n == full else n
+    return 4 * field + n + (128 if math.copysign(1, x) < 0 else 0)
+
+
+@pytest.mark.parametrize("wrong, hint", [
+    (lambda x: without_carry(x, "cut"), "the carry goes to the exponent"),
+    (lambda x: without_carry(x, "held"), "the next power's first"),
+    (lambda x: e5m2(x) if x or math.copysign(1, x) > 0 else 0, "-0.0 has a sign too"),
+    (lambda x: e5m2(x) + 1, "not equal"),
+])  # fmt: skip
+def test_carries_and_signs_of_zero_are_asked(lesson, wrong, hint):
+    lesson.refuses("1", wrong, hint)
+
+
 def test_e4m3_is_recognised(lesson):
     e4m3 = lesson.space["encode_draft"]
     lesson.refuses("1", e4m3, "that is E4M3")
@@ -121,6 +141,9 @@ def test_e4m3_is_recognised(lesson):
     (lambda dy: wgrad_scales(dy, np.round), "rounded to nearest: half of them overflow"),
     (lambda dy: wgrad_scales(dy, zero=0.0), "a scale of 0"),
     (lambda dy: wgrad_scales(dy, zero=math.nan), "a scale of NaN where all is zero"),
+    (lambda dy: wgrad_scales(dy, lambda e: math.floor(e) + 1), "448 s exactly fits"),
+    (lambda dy: wgrad_scales(dy.clamp(min=0)), "whatever its sign"),
+    (lambda dy: wgrad_scales(448 * dy), "448 is what must not be exceeded"),
     (lambda dy: wgrad_scales(dy, lambda e: e), "no powers of two"),
     (lambda dy: wgrad_scales(dy).T, "transposed"),
     (lambda dy: 1 / wgrad_scales(dy), "what to multiply with when quantising"),
@@ -153,6 +176,8 @@ def test_mistakes_in_the_product_are_named(lesson, wrong, hint):
     (lambda k, bits, every: predicted(k, bits, None), "4096, 14, 128"),
     (lambda k, bits, every: predicted(k, 14, every), "2048, 12, None"),
     (lambda k, bits, every: 0.0, "4096, 14, None"),
+    (lambda k, bits, every: -predicted(k, bits, every), "positive"),
+    (lambda k, bits, every: 100 * predicted(k, bits, every), "a fraction, not percent"),
 ])  # fmt: skip
 def test_mistakes_in_the_prediction_are_named(lesson, wrong, hint):
     lesson.refuses("4", wrong, hint)
