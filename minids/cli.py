@@ -3,8 +3,15 @@
 A command's module is imported only when it is called, so that help and counting do not wait for what they do not use.
 """
 
+import contextlib
+import difflib
 import importlib
+import io
+import os
 import sys
+import traceback
+
+from minids import __version__
 
 # name -> (module, dataclass of its settings, function that runs them, what it does)
 COMMANDS = {
@@ -26,27 +33,79 @@ def usage() -> str:
     return "\n".join(["usage: python -m minids COMMAND [options]; COMMAND --help lists the options", *lines])
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Runs one command. Exit status 2 for bad input, with one line that says what is allowed."""
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
-        sys.exit(0 if argv else 2)
-    if argv[0] not in COMMANDS:
-        print(f"error: unknown command {argv[0]!r}\n{usage()}", file=sys.stderr)
-        sys.exit(2)
+def wrong_command(word: str) -> str:
+    """What to say to a command that is not there: the one that was meant, if one is like it, and all."""
+    like = difflib.get_close_matches(word, COMMANDS, n=1)
+    return f"error: unknown command {word!r}{f', did you mean {like[0]}?' if like else ''}\n{usage()}"
+
+
+def read_settings(settings: type, command: str, what: str, words: list[str]) -> object:
+    """`words` as the dataclass `settings`. Errors: SystemExit(2) with tyro's box, which shows the option, for a word that
+    cannot be read; the ValueError of the dataclass, for a value that is refused."""
     import tyro
 
-    module_name, settings, function, what = COMMANDS[argv[0]]
-    module = importlib.import_module(module_name)
-    style = (tyro.conf.FlagCreatePairsOff, *([tyro.conf.PositionalRequiredArgs] if argv[0] in POSITIONAL else []))
+    style = [tyro.conf.PositionalRequiredArgs] if command in POSITIONAL else []
+    box = io.StringIO()
     try:
-        config = tyro.cli(getattr(module, settings), args=argv[1:], prog=f"python -m minids {argv[0]}",
-                          description=what[0].upper() + what[1:] + ".", config=style)
-        getattr(module, function)(config)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        with flowing_help(), contextlib.redirect_stderr(box):
+            return tyro.cli(settings, args=words, prog=f"python -m minids {command}",
+                            description=what[0].upper() + what[1:] + ".", config=tuple(style))
+    except SystemExit as stop:
+        refused = stop.__context__
+        while refused is not None and "__post_init__" not in [f.name for f in traceback.extract_tb(refused.__traceback__)]:
+            refused = refused.__context__
+        if isinstance(refused, ValueError):
+            raise ValueError(str(refused)) from None
+        sys.stderr.write(box.getvalue())
+        raise
+
+
+@contextlib.contextmanager
+def flowing_help():
+    """Fields' docstrings as one paragraph each. tyro 1.0 keeps the line breaks of the source, and help gets ragged."""
+    import docstring_parser
+
+    read = docstring_parser.parse_from_object
+
+    def flowing(thing: object):
+        found = read(thing)
+        for field in found.params:
+            field.description = " ".join((field.description or "").split()) or None
+        return found
+
+    docstring_parser.parse_from_object = flowing
+    try:
+        yield
+    finally:
+        docstring_parser.parse_from_object = read
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs one command. Exit status 2 for bad input, with one line that says what is allowed; 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        sys.exit(0 if argv else 2)
+    if argv[0] == "--version":
+        print(f"minids {__version__}")
+        sys.exit(0)
+    if argv[0] not in COMMANDS:
+        print(wrong_command(argv[0]), file=sys.stderr)
+        sys.exit(2)
+    module_name, settings, function, what = COMMANDS[argv[0]]
+    try:
+        module = importlib.import_module(module_name)
+        getattr(module, function)(read_settings(getattr(module, settings), argv[0], what, argv[1:]))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (ValueError, OSError) as error:  # a folder that cannot be written, a full disk: no fault of the program's
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\nstopped by Ctrl-C; {argv[0]} did not finish", file=sys.stderr)
+        sys.exit(130)
     except RuntimeError as error:
         if type(error).__name__ != "TrainingStopped":  # that one is an answer, others are faults to be seen whole
             raise
