@@ -131,11 +131,15 @@ def supervise(job: dict) -> dict:
 
 
 def decode(data: bytes) -> dict:
+    """What the jail has written, or the program in it: results in a list, or an error text, and nothing else."""
     try:
         answer = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {"error": "no answer"}
-    return answer if isinstance(answer, dict) and answer.keys() in ({"results"}, {"error"}) else {"error": "forged answer"}
+    for name, kind in (("results", list), ("error", str)):
+        if isinstance(answer, dict) and answer.keys() == {name} and isinstance(answer[name], kind):
+            return answer
+    return {"error": "forged answer"}
 
 
 def serve() -> None:

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from minids.rl.rewards import Overtime, deadline
 from minids.rl.sandbox import Limits, Sandbox
 
 
@@ -95,6 +96,32 @@ def _accept(server):
         return bool(server.accept())
     except TimeoutError:
         return False
+
+
+@pytest.mark.parametrize("payload", [
+    '{"results": 5}', '{"results": null}', '{"results": "5"}', '{"results": {"0": 5}}', '{"error": 5}', '{"error": null}',
+    '[5]', '5', '{"results": ', '{"results": "[[[[', "[" * 200, "deep",
+])  # fmt: skip
+def test_forged_answers_are_no_results_and_break_nothing(sandbox, payload):
+    written = "b'{\"results\": ' + b'[' * 30000" if payload == "deep" else repr(payload.encode())
+    body = f"import os\nfor fd in range(64):\n  try: os.write(fd, {written}); os._exit(0)\n  except OSError: pass"
+    restarts = sandbox.restarts
+    outcome = run(sandbox, body)
+    assert outcome.results is None and outcome.error in ("forged answer", "no answer")
+    source = "def f():\n" + "\n".join("    " + line for line in body.splitlines())
+    assert sandbox.passed(source, "f", [([], 5)]) == 0.0
+    assert sandbox.restarts == restarts  # the server has lived through it
+
+
+def test_a_program_that_was_given_up_does_not_answer_for_the_next():
+    """A deadline outside falls while the sandbox waits: what that program says later must not be read as another's."""
+    with Sandbox(Limits(cpu_seconds=1, wall_seconds=1.0)) as box:
+        with pytest.raises(Overtime), deadline(0.2):
+            run(box, "while True: pass")
+        for number in range(3):
+            assert run(box, f"return {number}").results == [number]
+        assert run(box, "while True: pass").results is None
+        assert run(box, "return 7").results == [7]
 
 
 def test_the_parent_environment_is_not_passed_on(monkeypatch):
