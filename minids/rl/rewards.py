@@ -74,6 +74,15 @@ def _between(text: str, opening: str, closing: str) -> str | None:
     return text[start:end] if start <= end else None
 
 
+def without_answer(text: str) -> str:
+    """All that a text says beside its one final answer, tags left out."""
+    if parse(text).answer is not None:
+        text = text[: text.index(ANSWER)] + text[text.index(ANSWER_END) :]
+    for tag in TAGS:
+        text = text.replace(tag, "")
+    return text
+
+
 @dataclass(frozen=True)
 class Accuracy:
     """1 if the final answer is the problem's: the same text, or with ``numeric`` the same number."""
@@ -87,7 +96,7 @@ class Accuracy:
         if answer is None:
             return 0.0
         found, wanted = self.read(answer), self.read(problem.answer)
-        if not self.numeric:
+        if found == wanted or not self.numeric:
             return float(found == wanted)
         try:
             return float(value(found) == value(wanted))
@@ -106,8 +115,10 @@ class Format:
 class LanguageConsistency:
     """The share of the chain of thought in the target language, by characters that belong to a language at all.
 
-    ``languages``: the characters of each. ``target(problem)``: its name. A chain without any such character has no language
-    to be consistent in and earns ``empty``: 0 rewards having a chain besides, 1 does not.
+    ``languages``: the characters of each. ``target(problem)``: its name. The chain is all that is not the final answer:
+    were it what stands between the tags, a chain before them or in a broken pair would be in no language, and pay. One
+    without any such character has no language to be consistent in and earns ``empty``: 0 rewards having a chain besides,
+    1 does not.
     """
 
     languages: Mapping[str, frozenset[str]]
@@ -115,8 +126,10 @@ class LanguageConsistency:
     empty: float = 0.0
 
     def __call__(self, problem: Problem, text: str) -> float:
-        think = parse(text).think or ""
-        counts = {name: sum(c in letters for c in think) for name, letters in self.languages.items()}
+        if len(text) > MAX_CHARACTERS:
+            return 0.0
+        chain = without_answer(text)
+        counts = {name: sum(c in letters for c in chain) for name, letters in self.languages.items()}
         total = sum(counts.values())
         return counts[self.target(problem)] / total if total else self.empty
 
@@ -198,7 +211,10 @@ class Total:
                 raise ValueError(f"terms[{name!r}] = ({reward!r}, {weight!r}): must be a function and a finite weight")
 
     def __call__(self, problem: Any, text: str) -> tuple[float, dict[str, float]]:
-        """(the sum, each term before its weight)."""
+        """(the sum, each term before its weight). Raises RuntimeError outside the main thread, where no reward can be
+        timed: each would count as a fault, and all answers as worth nothing."""
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("rewards are timed by a signal, which needs the main thread")
         found = {name: self._one(name, reward, problem, text) for name, (reward, _) in self.terms.items()}
         return math.fsum(weight * found[name] for name, (_, weight) in self.terms.items()), found
 

@@ -1,6 +1,7 @@
 """Each reward on cases by hand, 200 hostile texts through all of them, and faults that must not stop training."""
 
 import math
+import threading
 import time
 from dataclasses import dataclass, field
 
@@ -60,6 +61,9 @@ def test_accuracy_as_text_and_as_number():
     numeric = Accuracy(numeric=True)
     answers = ("1/2", "0.50", "(3-2)/2", "0.5001", "x", "")
     assert [numeric(Question("0.5"), full(answer=a)) for a in answers] == [1, 1, 1, 0, 0, 0]
+    for same in ("x^2", "Paris", "B", "3" * 40):  # no number that is read here, but the same text
+        assert numeric(Question(same), full(answer=f" {same} ")) == 1.0
+    assert [numeric(Question("B"), full(answer=a)) for a in ("C", "2", "b")] == [0, 0, 0]
     chinese = Accuracy(read=lambda text: text.strip().translate(str.maketrans("零一二三四五六七八九", "0123456789")))
     assert chinese(Question("29"), full(answer="二九")) == 1.0
     assert Accuracy()(Question("2"), "2") == 0.0  # not where an answer belongs
@@ -72,6 +76,19 @@ def test_language_consistency():
     assert reward(Question("2"), full("1+二=三;9")) == 0.5
     assert reward(Question("2"), full("++")) == 0.0 and reward(Question("2"), "no chain") == 0.0
     assert LanguageConsistency(LANGUAGES, lambda problem: problem.language, empty=1.0)(Question("2"), full("")) == 1.0
+
+
+@pytest.mark.parametrize("text", [
+    "<think>七八<think></think>", "<think>七八", "七八<think></think>", "<think></think>七八",
+    "<think>七</think><think>八</think>", "</think>七八<think>", "<think></think><answer>七八",
+])  # fmt: skip
+@pytest.mark.parametrize("empty", [0.0, 1.0])
+def test_a_chain_beside_the_tags_or_in_broken_ones_does_not_hide_its_language(text, empty):
+    reward = LanguageConsistency(LANGUAGES, lambda problem: problem.language, empty)
+    assert reward(Question("2"), text + "<answer>2</answer>") <= 1 / 3
+    assert reward(Question("2", "chinese"), text + "<answer>2</answer>") >= 2 / 3
+    assert reward(Question("2"), full("", "二")) == empty  # the answer is no chain
+    assert reward(Question("2"), "七" * (MAX_CHARACTERS + 1)) == 0.0
 
 
 def test_length():
@@ -161,6 +178,23 @@ def test_faults_count_as_zero_and_are_counted():
         assert value == 2.0 and terms == {"good": 1.0, "raises": 0.0, "hangs": 0.0, "nan": 0.0, "text": 0.0}
     assert total.faults == {("raises", "KeyError"): 3, ("hangs", "Overtime"): 3, ("nan", "not finite"): 3,
                             ("text", "ValueError"): 3}  # fmt: skip
+
+
+def test_outside_the_main_thread_rewards_are_refused_rather_than_zero():
+    """No alarm rings there: each reward would be a fault, and a whole run worth nothing."""
+    total, seen = Total({"accuracy": (Accuracy(), 1.0)}), []
+
+    def work():
+        try:
+            seen.append(total(Question("2"), full()))
+        except RuntimeError as error:
+            seen.append(str(error))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == ["rewards are timed by a signal, which needs the main thread"] and total.faults == {}
+    assert total(Question("2"), full())[0] == 1.0
 
 
 def test_bad_settings():
