@@ -95,6 +95,11 @@ def draw_side(make: Callable[[], tuple[Problem, str]], held_out: bool) -> Proble
     raise ValueError(f"no problem with held_out = {held_out} in 10,000 draws: the task has too few different ones")
 
 
+def sums_key(numbers: Sequence[int]) -> str:
+    """By which the split goes: the sorted operands."""
+    return "+".join(map(str, sorted(numbers)))
+
+
 def solution(think: str, answer: str) -> str:
     """A response in R1's form."""
     return f"{THINK}{think}{THINK_END}{ANSWER}{answer}{ANSWER_END}"
@@ -126,7 +131,7 @@ class Sums:
 
         def make() -> tuple[Problem, str]:
             numbers = [random.randint(1, 9) for _ in range(random.choice(levels or self.levels))]
-            return self.problem(numbers), "+".join(map(str, sorted(numbers)))
+            return self.problem(numbers), sums_key(numbers)
 
         return draw_side(make, held_out)
 
@@ -161,6 +166,8 @@ class Sums:
         kind = random.random()
         if kind < 0.15:
             left, right = random.randint(1, 45), random.randint(1, 9)
+            while 2 in self.levels and left < 10 and is_held_out(sums_key((left, right))):  # a question itself, then
+                left, right = random.randint(1, 45), random.randint(1, 9)
             return f"{left}+{right}:", str(left + right)
         problem = self.draw(random)
         numbers = list(map(int, problem.prompt[:-1].split("+")))

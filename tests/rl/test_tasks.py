@@ -79,6 +79,16 @@ def test_the_split_keeps_permutations_together():
     assert {Sums().draw(random, levels=(5,)).level for _ in range(20)} == {5}
 
 
+def test_facts_hold_no_question_of_the_test_side():
+    """With sums of two, a fact such as 3+4: is a question itself."""
+    task, random = Sums(levels=(2, 3)), Random(5)
+    short = [given for given, _ in (task.document(random) for _ in range(4000)) if given.count("+") == 1]
+    small = [given for given in short if all(number < 10 for number in operands(given.removeprefix("#")))]
+    assert len(small) > 500 and max(sum(operands(given.removeprefix("#"))) for given in short) > 18
+    for given in small:
+        assert not is_held_out("+".join(map(str, sorted(operands(given.removeprefix("#"))))))
+
+
 def test_languages():
     random = Random(3)
     mixed = [Sums(chinese=0.35, switch=0.25).chain([1, 2, 3, 4, 5, 6], 1, random) for _ in range(3000)]
