@@ -5,7 +5,7 @@ token's text is given out only as far as its characters are complete. And a stop
 that could be its beginning is held back until the next tokens decide.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 REPLACEMENT = "\ufffd"  # what decoding puts in place of bytes that are no (complete) character
@@ -19,11 +19,14 @@ class Decoder(Protocol):
 
 def check_stop(stop: Sequence[str]) -> tuple[str, ...]:
     """The stop strings as a tuple. Raises TypeError or ValueError for what is no string, or empty."""
-    if isinstance(stop, str) or not all(isinstance(text, str) for text in stop):
+    if isinstance(stop, str) or not isinstance(stop, Iterable):
+        raise TypeError(f"stop must be a sequence of strings, got {stop!r}")
+    stop = tuple(stop)  # once: an iterator can be read a single time
+    if not all(isinstance(text, str) for text in stop):
         raise TypeError(f"stop must be a sequence of strings, got {stop!r}")
     if not all(stop):
         raise ValueError(f"stop must hold no empty string, which every text contains: got {list(stop)!r}")
-    return tuple(stop)
+    return stop
 
 
 class TextStream:

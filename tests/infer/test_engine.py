@@ -209,6 +209,8 @@ BAD = [
     (dict(stop=["x"]), ValueError, r"stop=\['x'\] needs an Engine with a tokenizer"),
     (dict(stop="x"), TypeError, "stop must be a sequence of strings, got 'x'"),
     (dict(stop=[""]), ValueError, "stop must hold no empty string"),
+    (dict(stop=None), TypeError, "stop must be a sequence of strings, got None"),
+    (dict(stop=("x" for _ in range(2))), ValueError, r"stop=\['x', 'x'\] needs an Engine with a tokenizer"),
 ]
 
 
