@@ -54,6 +54,7 @@ def replace_folder(folder: str | Path, may_replace: Callable[[Path], bool], what
     try:
         yield partial
         for path in (*partial.rglob("*"), partial):
+            open_to_others(path)
             _flush(path)
         if folder.exists():
             folder.rename(previous)
@@ -82,6 +83,14 @@ def _link(source: str | Path, target: str | Path) -> None:
         os.link(source, target, follow_symlinks=False)
     except OSError:
         shutil.copy2(source, target, follow_symlinks=False)
+
+
+def open_to_others(path: Path) -> None:
+    """Gives a safetensors file the mode that the umask asks for: safetensors 0.8 writes 0600, which a class cannot read."""
+    if path.suffix == ".safetensors" and path.stat().st_mode & 0o777 == 0o600:
+        mask = os.umask(0)
+        os.umask(mask)
+        path.chmod(0o666 & ~mask)
 
 
 def _flush(path: Path) -> None:

@@ -32,8 +32,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from minids.folder import open_to_others
 
 OWN_FILES = ("run.json", "tokenizer.json", "metrics.jsonl", "loss.png", "sample.txt", "latest")
 
@@ -88,7 +91,7 @@ def check_folder(out: Path, settings: dict, resume: bool, overwrite: bool, free:
     if resume:
         if not run_file.exists():
             raise FileNotFoundError(f"--resume: {out} holds no run (no run.json); start it without --resume")
-        _check_same(json.loads(run_file.read_text()), settings, free)
+        _check_same(_read_json(run_file), settings, free)
         return latest_checkpoint(out)
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"--out {out} is a file; give a folder")
@@ -99,7 +102,17 @@ def check_folder(out: Path, settings: dict, resume: bool, overwrite: bool, free:
         if not run_file.exists():
             raise FileExistsError(f"--overwrite: {out} is not empty and holds no run (no run.json), so nothing in it "
                                   "is deleted; give another folder")
+    _check_writable(out)
     return None
+
+
+def _check_writable(out: Path) -> None:
+    # Before an hour of reading data, and not after it. What mkdir will meet: the nearest parent that is there.
+    there = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise FileExistsError(f"--out {out}: {there} is a file; give a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"--out {out}: {there} cannot be written to; give another folder")
 
 
 def open_folder(out: Path, settings: dict, resume: bool) -> None:
@@ -167,6 +180,7 @@ def save_checkpoint(out: Path, step: int, write_model: Callable[[Path], None], t
     save_file({k: v.detach().cpu().clone() for k, v in tensors.items()}, temporary / "trainer.safetensors")
     (temporary / "trainer.json").write_text(json.dumps(values, indent=1) + "\n")
     for path in [*temporary.rglob("*"), temporary]:
+        open_to_others(path)
         fsync_path(path)
     if final.exists():  # left by a run that was killed before `latest` moved here
         _remove(final)
@@ -180,8 +194,19 @@ def save_checkpoint(out: Path, step: int, write_model: Callable[[Path], None], t
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict]:
-    """(tensors, values) that `save_checkpoint` was given."""
-    return load_file(folder / "trainer.safetensors"), json.loads((folder / "trainer.json").read_text())
+    """(tensors, values) that `save_checkpoint` was given. Raises ValueError or FileNotFoundError, naming the file."""
+    tensors = folder / "trainer.safetensors"
+    try:
+        return load_file(tensors), _read_json(folder / "trainer.json")
+    except SafetensorError as error:
+        raise ValueError(f"{tensors}: truncated, or no safetensors file ({error})") from None
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: truncated, or no JSON ({error})") from None
 
 
 def rng_state() -> tuple[dict[str, Tensor], dict]:

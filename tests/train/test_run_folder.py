@@ -36,6 +36,42 @@ def test_a_folder_with_anything_in_it_is_refused_and_left_alone(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_the_data_is_read(tmp_path, monkeypatch):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match=r"--out .*/runs/toy: .*/thesis\.txt is a file"):
+        state.check_folder(tmp_path / "thesis.txt" / "runs" / "toy", SETTINGS, False, False, free=set())
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
+    with pytest.raises(PermissionError, match=f"--out .*/runs/toy: {tmp_path} cannot be written to"):
+        state.check_folder(tmp_path / "runs" / "toy", SETTINGS, False, False, free=set())
+
+
+@pytest.mark.parametrize("name", ["trainer.safetensors", "trainer.json"])
+def test_a_truncated_state_is_refused_by_name(tmp_path, name):
+    prepare(tmp_path)
+    folder = save(tmp_path, 5)
+    os.truncate(folder / name, 10)
+    with pytest.raises(ValueError, match=f"step-5/{name}: truncated"):
+        state.load_checkpoint(folder)
+
+
+def test_a_truncated_run_file_is_refused_by_name(tmp_path):
+    prepare(tmp_path)
+    os.truncate(tmp_path / "run.json", 10)
+    with pytest.raises(ValueError, match=r"run\.json: truncated"):
+        prepare(tmp_path, resume=True)
+
+
+def test_others_may_read_a_checkpoint(tmp_path):
+    """safetensors 0.8 writes files that the owner alone may read."""
+    prepare(tmp_path)
+    before = os.umask(0o027)
+    try:
+        folder = save(tmp_path, 5)
+    finally:
+        os.umask(before)
+    assert (folder / "trainer.safetensors").stat().st_mode & 0o777 == 0o640
+
+
 def test_overwrite_deletes_the_run_and_nothing_else(tmp_path):
     prepare(tmp_path)
     save(tmp_path, 1)
