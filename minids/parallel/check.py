@@ -9,6 +9,11 @@ and backward; rank 0 takes the same steps in one process, by minids.train.step. 
 (relative to the largest of the tensor), the weights after the step, and the loss after it. The processes play nodes of
 --gpus-per-node GPUs each: what crosses "nodes" is counted, as rows and bytes, beside what nodes.py says it should be.
 
+Lines that name a schedule are pipelines of two ranks, side by side (expert_pipeline.py): four processes are PP 2 x EP 2, or
+PP 2 x 2 replicas; eight are PP 2 x EP 4, or 2 x 2 x 2. There the weights are compared after three steps. In float32 a few
+of them are then off by more than their gradients, in one process cut differently just so: Adam divides small gradients by
+themselves. ``--dtype fp64`` leaves 1e-15 of gradients, and 1e-9 of weights, whose norm that clips is float32.
+
 FP8 rows are compared with one process whose rows are quantised alike (EP 1, so that nothing travels): the same numbers.
 BF16 on the way back is not the same: each GPU and node rounds its own part of a token's sum, where one process rounds the
 whole. That is 2^-9 of a number, and enough to turn a token's choice of expert in a later layer here and there.
@@ -20,6 +25,7 @@ Kept: figures/bench/expert_parallel.json, NCCL on two H200s.
 
 import argparse
 import copy
+import dataclasses
 import json
 import os
 import sys
@@ -33,6 +39,7 @@ from minids.config import ModelConfig
 from minids.model.balancer import Balancer
 from minids.model.transformer import Transformer
 from minids.parallel.dispatch import Wire
+from minids.parallel.expert_pipeline import ExpertPipeline
 from minids.parallel.experts import shard_experts, tally_of
 from minids.parallel.mesh import Layout, Mesh
 from minids.parallel.nodes import count_copies
@@ -40,6 +47,7 @@ from minids.parallel.peers import Tally
 from minids.parallel.step import ExpertParallel, check_batch
 from minids.pipeline.check import LAMBDA, ROWS, batches, tiny_config
 from minids.pipeline.launch import deadline, device_of, initialise, start_local
+from minids.pipeline.runtime import Placement
 from minids.train.optim import OptimConfig, Optimizer
 from minids.train.settings import TrainConfig
 from minids.train.state import write_atomic
@@ -56,6 +64,12 @@ class Case:
     wire: Wire = Wire()
     zero: bool = True
     replicas: int = 1
+    pipeline: str | None = None  # with it PP 2, and DP halved
+    steps: int = 1  # before the weights are compared
+
+    @property
+    def pp(self) -> int:
+        return 1 if self.pipeline is None else 2
 
 
 CASES = (
@@ -67,6 +81,12 @@ CASES = (
     Case("ZeRO-1, 2 replicas", "two_hop", replicas=2),
     Case("FP8 there", "two_hop", Wire("fp8")),
     Case("FP8 there, BF16 back", "two_hop", Wire.v3()),
+    Case("1f1b, flat", "flat", pipeline="1f1b", steps=3),
+    Case("zb1p, two hops", "two_hop", pipeline="zb1p", steps=3),
+    Case("zbv, a row a GPU", "once", pipeline="zbv", steps=3),
+    Case("dualpipe, flat", "flat", pipeline="dualpipe", steps=3),
+    Case("dualpipe, two hops", "two_hop", pipeline="dualpipe", steps=3),
+    Case("dualpipe, 2 replicas", "two_hop", replicas=2, pipeline="dualpipe", steps=3),
 )
 
 
@@ -80,9 +100,9 @@ class Comparison:
     gradient: float
     gradient_name: str
     grad_norm: float  # before clipping, relative
-    weights: float  # after the step
+    weights: float  # after the step, or the third
     loads_equal: bool
-    bias: float  # after the step
+    bias: float  # likewise
     next_loss: float
     rows: int  # dispatched in the first forward by all ranks and hops, over all wires and none
     ib_rows: int  # of these across nodes
@@ -119,6 +139,9 @@ class OneProcess:
         return copy.deepcopy(self.model).cpu()
 
 
+Engine = ExpertParallel | ExpertPipeline | OneProcess
+
+
 def draw(cfg: ModelConfig, device: str, dtype: torch.dtype) -> Transformer:
     """The model that all start from."""
     torch.manual_seed(SEED)
@@ -131,25 +154,33 @@ def draw(cfg: ModelConfig, device: str, dtype: torch.dtype) -> Transformer:
         torch.set_default_dtype(before)
 
 
-def steps(engine: ExpertParallel | OneProcess, data: list) -> dict:
-    """A step, and forward and backward of another: what is compared of them, whole on rank 0. And the rows that the first
-    forward and backward sent."""
+def steps(engine: Engine, data: list, count: int = 1) -> dict:
+    """``count`` steps, and forward and backward of another: what is compared of them, whole on rank 0. And the rows that
+    the first forward and backward sent."""
     first = engine.compute_gradients(*data[0], LAMBDA)
-    tally = copy.deepcopy(tally_of(engine.model)) if isinstance(engine, ExpertParallel) else Tally()
+    tally = Tally() if isinstance(engine, OneProcess) else copy.deepcopy(tally_of(engine.model))
     gradients = engine.gather_gradients()
     engine.step(LR, GAMMA, first)
-    norm, model = engine.optimizer.grad_norm, engine.gather_model()
-    second = engine.compute_gradients(*data[1], LAMBDA)
+    norm = engine.optimizer.grad_norm
+    for i in range(1, count):
+        engine.step(LR, GAMMA, engine.compute_gradients(*data[i % 2], LAMBDA))
+    model = engine.gather_model()
+    second = engine.compute_gradients(*data[count % 2], LAMBDA)
     return {"first": first, "gradients": gradients, "norm": norm, "second": second, "tally": tally,
             "state": None if model is None else model.state_dict()}  # fmt: skip
 
 
-def sharded(case: Case, cfg: ModelConfig, mesh: Mesh, config: TrainConfig, dtype: torch.dtype) -> ExpertParallel:
+def sharded(case: Case, cfg: ModelConfig, mesh: Mesh, config: TrainConfig, dtype: torch.dtype) -> Engine:
+    if case.pipeline is not None:
+        config = dataclasses.replace(config, pipeline=case.pipeline, expert_parallel=mesh.layout.ep)
+        torch.manual_seed(SEED)
+        return ExpertPipeline(Placement.plan(config, cfg, mesh.layout.pp), config, mesh, case.dispatch, case.wire,
+                              dtype=dtype)  # fmt: skip
     model = shard_experts(draw(cfg, config.device, dtype), mesh, case.dispatch, case.wire)
     return ExpertParallel(cfg, config, mesh, zero=case.zero, dtype=dtype, model=model)
 
 
-def reference(case: Case, cfg: ModelConfig, config: TrainConfig, dtype: torch.dtype) -> ExpertParallel | OneProcess:
+def reference(case: Case, cfg: ModelConfig, config: TrainConfig, dtype: torch.dtype) -> Engine:
     """One process: minids.train.step; with rows in FP8, all experts at home and rows quantised alike."""
     exact = case.wire == Wire()
     return OneProcess(cfg, config, dtype) if exact else sharded(case, cfg, Mesh.alone(), config, dtype)
@@ -196,26 +227,26 @@ def _relative(found: Tensor, wanted: Tensor) -> float:
 
 def run_case(case: Case, mesh: Mesh, cfg: ModelConfig, config: TrainConfig, dtype: torch.dtype) -> Comparison | None:
     """The comparison on rank 0, None elsewhere."""
-    data = batches(SEED, cfg.vocab_size)
-    found = steps(sharded(case, cfg, mesh, config, dtype), data)
+    data = batches(SEED, cfg.vocab_size, max(ROWS, 2 * case.pp * mesh.layout.dp))
+    found = steps(sharded(case, cfg, mesh, config, dtype), data, case.steps)
     tally = found["tally"]
     sent = [*tally.total("dispatch")[:1], *tally.total("dispatch", "ib"), tally.total("combine", "ib")[1]]
-    sent = mesh.peers["data"].all_reduce(torch.tensor(sent, device=config.device)).tolist()
+    sent = mesh.peers["world"].all_reduce(torch.tensor(sent, device=config.device)).tolist()
     if mesh.rank:
         return None
     one = reference(case, cfg, config, dtype)
     by_formula = expected_rows(one.model, mesh.layout, case.dispatch, data[0], config.device)
-    return compare(case.name, found, steps(reference(case, cfg, config, dtype), data), sent, by_formula)
+    return compare(case.name, found, steps(reference(case, cfg, config, dtype), data, case.steps), sent, by_formula)
 
 
-def meshes(options: argparse.Namespace, device: torch.device) -> dict[int, Mesh]:
-    """A mesh for each number of replicas that the ranks divide into; groups are made by all ranks in the same order."""
+def meshes(options: argparse.Namespace, device: torch.device) -> dict[tuple[int, int], Mesh]:
+    """A mesh for each (pipeline ranks, replicas) that the ranks divide into; groups are made by all ranks in the same
+    order. With a pipeline nodes are smaller, so that an expert group lies on as many."""
     found = {}
-    for replicas in sorted({case.replicas for case in CASES}):
-        ep = options.ranks // replicas
-        if options.ranks % replicas == 0 and (ep % options.gpus_per_node == 0 or options.gpus_per_node % ep == 0):
-            layout = Layout(options.ranks, ep, gpus_per_node=options.gpus_per_node)
-            found[replicas] = Mesh.connect(layout, device.type)
+    for pp, replicas in sorted({(case.pp, case.replicas) for case in CASES}):
+        (ep, rest), gpus = divmod(options.ranks, pp * replicas), max(1, options.gpus_per_node // pp)
+        if ep and not rest and (ep % gpus == 0 or gpus % ep == 0):
+            found[pp, replicas] = Mesh.connect(Layout(options.ranks, ep, pp, gpus), device.type)
     return found
 
 
@@ -233,14 +264,14 @@ def run(rank: int, options: argparse.Namespace) -> None:
     """What each process does; rank 0 prints and writes the comparisons."""
     device, dtype, found = device_of(options.device, options.backend), DTYPES[options.dtype], []
     config, cfg = train_config(device, dtype), tiny_config(options.layers, n_routed_experts=8 * max(1, options.ranks // 4))
-    by_replicas = meshes(options, device)
+    by_sizes = meshes(options, device)
     if rank == 0:
         print(f"{options.ranks} ranks, nodes of {options.gpus_per_node}; differences to one process\n{TITLE}", flush=True)
     for case in CASES:
-        if case.replicas not in by_replicas:
+        if (case.pp, case.replicas) not in by_sizes:
             continue
         with deadline(options.limit, case.name):
-            result = run_case(case, by_replicas[case.replicas], cfg, config, dtype)
+            result = run_case(case, by_sizes[case.pp, case.replicas], cfg, config, dtype)
         if result is not None:
             found.append(result)
             print(line(result), flush=True)
@@ -261,6 +292,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.backend == "nccl" and options.device == "cpu":
         parser.error("--backend nccl with --device cpu: allowed is gloo, or --device cuda")
+    if options.layers < 1 or options.layers % 4:
+        parser.error(f"--layers {options.layers}: allowed are multiples of 4, the stages of zbv on two ranks")
     options.ranks = int(os.environ.get("WORLD_SIZE", options.ranks))
     try:
         check_batch(ROWS, options.ranks)

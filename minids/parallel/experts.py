@@ -36,6 +36,7 @@ from minids.parallel.dispatch import FlatDispatch, Wire, sum_rows
 from minids.parallel.mesh import Mesh
 from minids.parallel.peers import Peers, Tally
 from minids.parallel.two_hop import TwoHopDispatch
+from minids.pipeline.stages import RankModel
 
 ROADS = ("flat", "once", "two_hop")
 
@@ -133,8 +134,9 @@ def shard_experts(model: Transformer, mesh: Mesh, dispatch: str = "two_hop", wir
     """Leaves in each MoE layer of ``model`` only the experts of this rank, and makes tokens travel; returns ``model``.
 
     Args:
-        model: the whole model, the same on all ranks, with weights or on "meta"; in FP8 or not (`minids.fp8.to_fp8` first).
-            Make the optimizer afterwards: the experts' parameters are new.
+        model: the whole model, or with a pipeline a rank's stages of it (`minids.pipeline.stages.RankModel`), the same on
+            all ranks of the expert group, with weights or on "meta"; in FP8 or not (`minids.fp8.to_fp8` first). Make the
+            optimizer afterwards: the experts' parameters are new.
         dispatch: "flat", "once" or "two_hop"; see minids/parallel/dispatch.py. wire: what rows are on their way.
 
     Raises:
@@ -142,8 +144,8 @@ def shard_experts(model: Transformer, mesh: Mesh, dispatch: str = "two_hop", wir
     """
     n_experts = model.cfg.n_routed_experts
     mesh.layout.check_experts(n_experts)
-    if mesh.layout.pp > 1:
-        raise ValueError(f"pp={mesh.layout.pp}: allowed is 1, shard_experts takes a whole model")
+    if mesh.layout.pp > 1 and not isinstance(model, RankModel):
+        raise ValueError(f"pp={mesh.layout.pp}: allowed is 1 for a whole model")
     for moe in moe_layers(model):
         if type(moe.experts) not in SHARDED:
             allowed = ", ".join(kind.__name__ for kind in SHARDED)

@@ -31,7 +31,7 @@ from minids.parallel.eplb import check_positive
 from minids.parallel.peers import Meeting, Peers, ProcessPeers, ThreadPeers, run_threads
 
 DIMENSIONS = ("pp", "replica", "node", "gpu")
-GROUPS = ("node", "gpu", "ep", "replica", "data")
+GROUPS = ("node", "gpu", "ep", "replica", "data", "pp", "world")
 
 
 class Coordinates(NamedTuple):
@@ -141,7 +141,7 @@ class Layout:
 
 @dataclass
 class Mesh:
-    """One rank's place in a layout, and its peers in each group: "node", "gpu", "ep", "replica", "data"."""
+    """One rank's place in a layout, and its peers in each group of `Layout.members`."""
 
     layout: Layout
     rank: int
@@ -152,9 +152,9 @@ class Mesh:
     def connect(cls, layout: Layout, device_type: str = "cpu") -> "Mesh":
         """This process's, after ``init_process_group``. All processes call it."""
         mesh = layout.device_mesh(device_type)
-        parts = {name: mesh[name] for name in ("node", "gpu", "replica")}
+        parts = {name: mesh[name] for name in ("node", "gpu", "replica", "pp")}
         parts |= {"ep": mesh["node", "gpu"]._flatten("ep"), "data": mesh["replica", "node", "gpu"]._flatten("data")}
-        groups = {name: part.get_group() for name, part in parts.items()}
+        groups = {name: part.get_group() for name, part in parts.items()} | {"world": dist.group.WORLD}
         peers = {name: ProcessPeers(group, layout.per_node(name)) for name, group in groups.items()}
         return cls(layout, dist.get_rank(), peers, mesh)
 

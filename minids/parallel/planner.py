@@ -21,7 +21,8 @@ device and full overlap of two micro-batches [2505.09343 2.3.2] is pure wire tim
     t_comm = (1 B + 2 B) x tokens x (K + 1) x D / bandwidth,      time a token = layers x 2 t_comm
 
 Simplifications: equal stages (their parameters are the model's share, embedding, head and MTP included); no allocator, no
-buffers of NCCL; the one copy of a stage's master and moments is split over both mirror ranks of DualPipe.
+buffers of NCCL. The one copy of a stage's master and moments is split over both mirror ranks of DualPipe too, as
+expert_pipeline.py does it.
 """
 
 import argparse

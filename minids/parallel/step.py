@@ -36,6 +36,7 @@ from minids.model.transformer import Transformer
 from minids.parallel.dispatch import Wire
 from minids.parallel.experts import is_expert, shard_experts
 from minids.parallel.mesh import Mesh
+from minids.parallel.peers import Peers
 from minids.parallel.zero import RankOptimizer, ZeroOptimizer
 from minids.train.settings import TrainConfig
 from minids.train.step import StepResult, micro_batch, split_rows
@@ -133,13 +134,11 @@ class ExpertParallel:
     def gather(self, tensors: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor] | None:
         """On rank 0, on the CPU, the whole tensor for every name in ``like``, experts put together; None elsewhere. Names
         are a parameter's, or KIND/ before it. All ranks call it; the first replica's experts are taken."""
-        peers, found = self.mesh.peers["ep"], {}
+        found = {}
         for name in like:
             mine = tensors[name].detach()
             if is_expert(name) and mine.ndim:
-                to_first = [len(mine)] + [0] * (peers.size - 1)
-                from_all = [len(mine) if peers.rank == 0 else 0] * peers.size
-                mine = peers.all_to_all(mine.to(self.device), to_first, from_all)
+                mine = experts_to_first(mine.to(self.device), self.mesh.peers["ep"])
             if self.rank == 0:
                 found[name] = mine.to("cpu", copy=True)
         return found if self.rank == 0 else None
@@ -163,6 +162,13 @@ class ExpertParallel:
         if self.cfg.tie_word_embeddings:
             whole.lm_head.weight = whole.model.embed_tokens.weight
         return whole
+
+
+def experts_to_first(mine: Tensor, peers: Peers) -> Tensor:
+    """(E, ...) on the first of an expert group, whose ranks have (E / EP, ...) each; (0, ...) on the others."""
+    to_first = [len(mine)] + [0] * (peers.size - 1)
+    from_all = [len(mine) if peers.rank == 0 else 0] * peers.size
+    return peers.all_to_all(mine, to_first, from_all)
 
 
 def check_balance(config: TrainConfig, cfg: ModelConfig) -> None:

@@ -101,19 +101,22 @@ class ZeroOptimizer(Optimizer):
         self.mesh, self.sums, self.buckets = mesh, {}, []
         names = {id(master): name for name, master in self.masters.items()}
         for group in self.adamw.param_groups:
-            mine = [names[id(master)] for master in group["params"]]
-            found = [self._bucket([n for n in mine if is_expert(n) == spread], spread) for spread in (False, True)]
-            group["params"] = [bucket.piece for bucket in found if bucket is not None]
-            self.buckets += [bucket for bucket in found if bucket is not None]
+            found: dict[Peers, Bucket] = {}
+            for name in (names[id(master)] for master in group["params"]):
+                peers = self.peers_of(name)
+                bucket = found.setdefault(peers, Bucket([], [], peers))
+                bucket.names.append(name)
+                bucket.shapes.append(self.masters[name].shape)
+            for bucket in found.values():
+                bucket.piece = nn.Parameter(bucket.mine([self.masters[name] for name in bucket.names]))
+            group["params"] = [bucket.piece for bucket in found.values()]
+            self.buckets += found.values()
+        self.buckets.sort(key=lambda bucket: bucket.names[0])  # all that share a bucket come to it in one common order
         self.masters = {f"slice {i}": bucket.piece for i, bucket in enumerate(self.buckets)}
 
-    def _bucket(self, names: list[str], spread: bool) -> Bucket | None:
-        if not names:
-            return None
-        masters = [self.masters[name] for name in names]
-        bucket = Bucket(names, [m.shape for m in masters], self.mesh.peers["replica" if spread else "data"])
-        bucket.piece = nn.Parameter(bucket.mine(masters))
-        return bucket
+    def peers_of(self, name: str) -> Peers:
+        """The ranks that hold the parameter ``name``: they add up its gradient, and share its optimizer's state."""
+        return self.mesh.peers["replica" if is_expert(name) else "data"]
 
     @property
     def owns_gradients(self) -> bool:
@@ -145,7 +148,7 @@ class ZeroOptimizer(Optimizer):
 
     def total_norm(self) -> Tensor:
         norm = nn.utils.get_total_norm([bucket.piece.grad for bucket in self.buckets])
-        return self.mesh.peers["data"].all_reduce(norm.double().square()).sqrt().float()
+        return self.mesh.peers["world"].all_reduce(norm.double().square()).sqrt().float()
 
     @torch.no_grad()
     def _write_back(self) -> None:

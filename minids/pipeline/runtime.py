@@ -16,9 +16,8 @@ schedule, and any split, gives the gradient of the whole batch. Only the order o
 float64 and 2e-7 in float32. Over many float32 steps the runs still part, because routing is a choice: a last bit decides a
 tie between two experts differently, and that token's loss jumps.
 
-Data parallelism comes later: `group` is the pipeline's process group, one row of a device mesh; replicas would sum
-gradients, label counts and loads over the other dimension, where `_sum_shared` and `_collect` do so here. Expert
-parallelism changes the inside of a stage alone (see stages.py).
+One pipeline is not all: minids/parallel/expert_pipeline.py lays many side by side, whose ranks of one stage share the
+experts of its layers and the batch. It is a subclass: there the rows, the sums and the gathering are not one pipeline's.
 
 Shapes: B rows, T tokens, L MoE layers, E experts.
 """
@@ -42,7 +41,7 @@ from minids.model.transformer import Transformer
 from minids.pipeline.action import Schedule
 from minids.pipeline.messages import transfer
 from minids.pipeline.schedules import build_schedule, check_request, fewest_micro_batches
-from minids.pipeline.stages import MicroBatch, Piece, Stage, build_rank_model, model_on_meta, split_layers
+from minids.pipeline.stages import MicroBatch, Piece, RankModel, Stage, build_rank_model, model_on_meta, split_layers
 from minids.pipeline.torch_engine import DirectedStage, Engine
 from minids.train.optim import OptimConfig, Optimizer
 from minids.train.settings import TrainConfig
@@ -128,24 +127,34 @@ class Pipeline:
     moved = pipeline.step(lr, gamma, result)
     """
 
+    pipelines = 1  # side by side, each with a part of the batch
+
     def __init__(self, placement: Placement, config: TrainConfig, device: torch.device, group=None, overlap=None,
                  dtype: torch.dtype | None = None):  # fmt: skip
         self.placement, self.config, self.device, self.group, self.overlap = placement, config, device, group, overlap
         self.rank, self.cfg = dist.get_rank(group), placement.cfg
         self.dtype = dtype or DTYPES[config.resolved_precision]
-        self.model = build_rank_model(self.cfg, placement.pieces_of(self.rank), device, self.dtype)
-        if config.fp8 != "none" and any(piece.layer_indices(self.cfg) for piece in placement.pieces_of(self.rank)):
-            to_fp8(self.model, config.fp8)
-        self.model.train()
+        self.model = self._build().train()
         self.balancer = Balancer.install(self.model, config.balance)
         own = placement.schedule.stages_of(self.rank)
         self.stages = {(d, s): Stage(self.model, placement.pieces[s], config, self.balancer) for d, s in own}
         # Here FSDP2 will go: fully_shard(each layer), fully_shard(each Stage); experts ignored where they are spread.
-        names = [name for name, _ in self.model.named_parameters()]
-        owned = {name for name in names if placement.holders(name)[0] == self.rank}
-        self.optimizer = PipelineOptimizer(self.model, config.optim, self.cfg.num_hidden_layers, owned, group)
-        self.shared = self._shared_groups()
+        self.optimizer = self._optimizer()
         self._engines: dict[tuple[int, int, int], Engine] = {}
+
+    def _build(self) -> RankModel:
+        """This rank's stages, with the weights that one process would draw."""
+        config, pieces = self.config, self.placement.pieces_of(self.rank)
+        model = build_rank_model(self.cfg, pieces, self.device, self.dtype)
+        if config.fp8 != "none" and any(piece.layer_indices(self.cfg) for piece in pieces):
+            to_fp8(model, config.fp8)
+        return model
+
+    def _optimizer(self) -> Optimizer:
+        names = [name for name, _ in self.model.named_parameters()]
+        owned = {name for name in names if self.placement.holders(name)[0] == self.rank}
+        self.shared = self._shared_groups()
+        return PipelineOptimizer(self.model, self.config.optim, self.cfg.num_hidden_layers, owned, self.group)
 
     def _shared_groups(self) -> list[tuple[dist.ProcessGroup, list[str]]]:
         """A process group, with the names in it, for every set of ranks that hold parameters together. Groups are made by
@@ -189,16 +198,16 @@ class Pipeline:
         """Leave the gradient of a global batch (B, T + 1) in the optimizers of all ranks (times their loss scale). Returns
         losses and loads of the whole batch on every rank. All ranks are given the same batch."""
         inputs, labels, ids = split_rows(tokens, document_ids, self.config.document_mask, self.device)
+        rows, counted = len(inputs), (labels != IGNORE).sum().clamp_min(1)
+        inputs, labels, ids = map(self._own_rows, (inputs, labels, ids))
         inputs = inputs.contiguous()  # stages are promised dense rows, and torch 2.11 holds us to it
-        ranks = self.placement.schedule.ranks
-        count = micro_batches or choose_micro_batches(self.config, ranks, len(inputs))
+        count = micro_batches or choose_micro_batches(self.config, self.placement.schedule.ranks, len(inputs))
         if len(inputs) % count:
             raise ValueError(f"micro_batches={count}: allowed is a divisor of the batch's {len(inputs)} rows")
         size = len(inputs) // count
         engine = self.engine(count, size, inputs.shape[1])
-        counted = (labels != IGNORE).sum().clamp_min(1)
         cut = [MicroBatch(inputs[a : a + size], labels[a : a + size], ids[a : a + size],
-                          (labels[a : a + size] != IGNORE).sum() / counted, size / len(inputs))
+                          (labels[a : a + size] != IGNORE).sum() / counted, size / rows)
                for a in range(0, len(inputs), size)]  # fmt: skip
         numbers = engine.numbers
         for (direction, _), stage in self.stages.items():
@@ -217,6 +226,14 @@ class Pipeline:
         if moved and own:
             self.balancer.update(result.loads[own], gamma)
         return moved
+
+    def _own_rows(self, batch: Tensor) -> Tensor:
+        """The part of a global batch that this pipeline works on: here all of it."""
+        return batch
+
+    def _sum_everywhere(self, tensor: Tensor) -> None:
+        """The sum over all ranks of the run, in place."""
+        dist.all_reduce(tensor, group=self.group)
 
     @torch.no_grad()
     def _sum_shared(self) -> None:
@@ -247,9 +264,9 @@ class Pipeline:
             if sums := stage.meter.sums:
                 own = [places.index(i) for i in stage.piece.layer_indices(self.cfg) if self.cfg.is_moe_layer(i)]
                 table[own] += torch.cat([sums["load"], *(sums[name].unsqueeze(1) for name in MEASURES)], dim=1)
-        dist.all_reduce(losses, group=self.group)
-        dist.all_reduce(table, group=self.group)
-        meter = LoadMeter(self.cfg, batches=micro_batches)
+        self._sum_everywhere(losses)
+        self._sum_everywhere(table)
+        meter = LoadMeter(self.cfg, batches=micro_batches * self.pipelines)
         if places:
             meter.sums = {"load": table[:, :e].long()} | {name: table[:, e + i] for i, name in enumerate(MEASURES)}
         loss, balance, *mtp = losses.tolist()

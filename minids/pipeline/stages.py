@@ -17,8 +17,9 @@ Every stage has losses of its own: the balance losses of its routers. They are a
 hidden state, h = h + 0 * L with dh/dL = 1, so that the one backward pass through h carries them too.
 
 A stage's state dict is a part of the checkpoint. Layers that live elsewhere leave an empty place, so that numbers stay.
-FSDP2 and expert parallelism are still to come: `fully_shard` the layers of each Stage and the Stage itself before the
-optimizer is made (runtime.py has the line); the list of actions has UNSHARD, RESHARD and REDUCE_GRAD in place already.
+Expert parallelism takes a rank's stages as it takes a whole model (minids/parallel/experts.py). FSDP2 is still to come:
+`fully_shard` the layers of each Stage and the Stage itself before the optimizer is made (runtime.py has the line); the
+list of actions has UNSHARD, RESHARD and REDUCE_GRAD in place already.
 
 Shapes: B rows, T tokens, D hidden.
 """

@@ -202,9 +202,10 @@ def forward_then_backward(action: _Action, context: object) -> None:
     """The plainest body of an overlapped pair, and the place of a better one: ``Engine(..., overlap=body)``.
 
     V3's body lets two threads, or two streams, take turns at the four parts of a chunk (attention, dispatch, MLP, combine),
-    so that one's all-to-all hides behind the other's products [V3 figure 4]. That is worth nothing here: all experts of a
-    layer lie on one rank, a chunk has no all-to-all, and two streams of products only share the multiprocessors. So a pair
-    costs F + B, which is what the simulator assumes unless told otherwise. With expert parallelism the body goes here.
+    so that one's all-to-all hides behind the other's products [V3 figure 4]. Without expert parallelism that is worth
+    nothing: a chunk has no all-to-all, and two streams of products only share the multiprocessors. So a pair costs F + B,
+    which is what the simulator assumes unless told otherwise. With it (minids/parallel/expert_pipeline.py) the body would
+    go here; two threads need an expert group of their own each, or the ranks' calls are no longer in one order.
     """
     forward, backward = action.sub_actions
     context.schedule_ref.forward(forward)

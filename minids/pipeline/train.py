@@ -12,7 +12,8 @@ last checkpoint: bit for bit with the same schedule and ranks, and just as well 
 process (resume.py). All ranks must see the run folder.
 
 Simplifications: the batch does not grow unless --recipe.batch-start says so, and then every batch on the way must divide
-into micro-batches; a rest of the token budget that does not is left out. One pipeline, no data parallelism beside it.
+into micro-batches; a rest of the token budget that does not is left out. One pipeline; with --expert-parallel several
+lie side by side (minids/parallel/train.py).
 Validation runs on rank 0 with the gathered model. A step that is not finite is skipped on all ranks. A signal ends the
 processes at once: what was saved last counts.
 

@@ -27,8 +27,8 @@ from minids.train.recipe import Recipe
 # A resumed run may change these: they leave the sequence of weights and losses as it is (a pipeline or many ranks: but for
 # the order of sums, and for what rows lose on expert_wire).
 FREE_ON_RESUME = {"resume", "overwrite", "out", "name", "keep", "save_every", "prompts", "sample_tokens", "pipeline",
-                  "pipeline_layers", "pipeline_chunks", "cuda_graph", "expert_parallel", "expert_dispatch",
-                  "expert_wire"}
+                  "pipeline_layers", "pipeline_chunks", "pipeline_ranks", "cuda_graph", "expert_parallel",
+                  "expert_dispatch", "expert_wire"}
 @dataclass
 class RecipeConfig:
     """V3's schedule on a budget of `tokens`; see minids.train.recipe."""
@@ -101,9 +101,12 @@ class TrainConfig:
     """Layers of each pipeline stage, where they do not divide equally: --pipeline-layers 4 5 5 3."""
     pipeline_chunks: int | None = None
     """Stages a rank, for interleaved_1f1b alone (default 2)."""
+    pipeline_ranks: int | None = None
+    """Ranks of one pipeline, where --expert-parallel lays several side by side (default: processes / EP, which leaves one
+    replica of the experts); see minids.parallel.expert_pipeline."""
     expert_parallel: int | None = None
     """Train over the processes of torchrun as data ranks, each layer's experts spread over groups of so many, optimizer
-    state over all; see minids.parallel.train. micro_batch is then a rank's."""
+    state over all; see minids.parallel.train. micro_batch is then a rank's. With --pipeline data ranks are pipelines."""
     expert_dispatch: Literal["two_hop", "once", "flat"] = "two_hop"
     """A token's rows: one a node and then one a GPU, one a GPU, or one a choice; see minids.parallel.dispatch."""
     expert_wire: Literal["exact", "v3"] = "exact"
@@ -152,6 +155,11 @@ class TrainConfig:
             raise ValueError("pipeline_layers and pipeline_chunks need --pipeline NAME")
         if self.pipeline is not None and self.pipeline not in NAMES:
             raise ValueError(f"pipeline = {self.pipeline!r}: must be one of {', '.join(NAMES)}")
+        if self.pipeline_ranks is not None and (self.pipeline is None or self.expert_parallel is None):
+            raise ValueError(f"pipeline_ranks = {self.pipeline_ranks} needs --pipeline NAME and --expert-parallel EP (1: "
+                             "replicas alone); without EP all processes are one pipeline")
+        if self.pipeline_ranks is not None and self.pipeline_ranks < 2:
+            raise ValueError(f"pipeline_ranks = {self.pipeline_ranks}: must be at least 2")
         if self.expert_parallel is not None or (self.expert_dispatch, self.expert_wire) != ("two_hop", "exact"):
             self._check_experts()
         self.recipe.build()
@@ -175,10 +183,8 @@ class TrainConfig:
         for name, allowed in (("expert_dispatch", ("two_hop", "once", "flat")), ("expert_wire", ("exact", "v3"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: must be one of {', '.join(allowed)}")
-        for name in ("pipeline", "cuda_graph"):
-            if getattr(self, name):
-                raise ValueError(f"expert_parallel = {self.expert_parallel} with {name} = {getattr(self, name)!r}: must be "
-                                 "one of the two")
+        if self.cuda_graph:
+            raise ValueError(f"expert_parallel = {self.expert_parallel} with cuda_graph = True: must be one of the two")
 
     def _check_graph(self) -> None:
         if torch.device(self.device).type != "cuda":

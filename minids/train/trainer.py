@@ -305,7 +305,7 @@ def train(config: TrainConfig) -> dict:
     Errors: ValueError, FileExistsError or FileNotFoundError for settings that cannot work, before any training;
     TrainingStopped for too many skipped steps; SystemExit(130 or 143) after SIGINT or SIGTERM, saved.
     """
-    if config.pipeline is not None:
+    if config.pipeline is not None and config.expert_parallel is None:
         from minids.pipeline.train import train_pipeline  # one process of many; it uses this module
 
         return train_pipeline(config)

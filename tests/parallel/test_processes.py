@@ -1,12 +1,13 @@
-"""Four gloo processes: every dispatch is one process, and `train --expert-parallel` writes the losses of one, resumed on
-the same ranks, on others, and on one. A job beside this file starts the processes, because only a process that has run no
-backward may be forked."""
+"""Four gloo processes: every dispatch is one process, pipelines that share experts too, and `train --expert-parallel`, with
+--pipeline or without, writes the losses of one, resumed on the same ranks, on others, and on one. A job beside this file
+starts the processes, because only a process that has run no backward may be forked."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from safetensors.torch import load_file
 from minids import checkpoint
 from minids.data import DataConfig
 from minids.parallel.check import CASES
+from minids.parallel.mesh import Layout
+from minids.parallel.planner import training_memory
 from minids.pipeline.check import tiny_config
 from minids.train.settings import RecipeConfig, TrainConfig
 from minids.train.trainer import train
@@ -30,9 +33,16 @@ def run_job(argument: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_dispatch_over_processes_is_one_process(tmp_path):
-    run_job(tmp_path)
-    found = {line["case"]: line for line in json.loads((tmp_path / "check.json").read_text())}
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory) -> tuple[dict[str, dict], dict]:
+    folder = tmp_path_factory.mktemp("check")
+    run_job(folder)
+    lines, more = (json.loads((folder / name).read_text()) for name in ("check.json", "more.json"))
+    return {line["case"]: line for line in lines}, more
+
+
+def test_every_dispatch_over_processes_is_one_process(compared):
+    found = compared[0]
     assert found.keys() == {case.name for case in CASES}
     for case in CASES:
         line = found[case.name]
@@ -42,15 +52,55 @@ def test_every_dispatch_over_processes_is_one_process(tmp_path):
             assert line["next_loss"] < 1e-4
         else:  # parts of a sum in BF16
             assert 1e-5 < line["gradient"] < 0.5 and line["losses"] < 0.01
-    plain = [case for case in CASES if case.replicas == 1 and case.wire.dispatch == "exact"]
+    plain = [case for case in CASES if case.replicas == 1 and case.wire.dispatch == "exact" and case.pipeline is None]
     rows = {case.dispatch: found[case.name]["ib_rows"] for case in plain}
     assert rows["flat"] > rows["once"] > rows["two_hop"] > 0
     exact, fp8 = found["two hops, ZeRO-1"], found["FP8 there"]
-    assert exact["ib_bytes"] == exact["ib_rows"] * 4 * tiny_config(3).hidden_size
+    assert exact["ib_bytes"] == exact["ib_rows"] * 4 * tiny_config(4).hidden_size
     assert fp8["ib_bytes"] == fp8["ib_rows"] * 48  # 32 numbers, a scale, and 15 that fill up
 
 
-TINY = ("hidden_size=32", "num_hidden_layers=3", "intermediate_size=48", "moe_intermediate_size=16",
+def test_pipelines_that_share_experts_are_one_process(compared):
+    """PP 2 x EP 2, and PP 2 x 2 replicas; weights after three steps."""
+    cases = [case for case in CASES if case.pipeline is not None]
+    assert {"1f1b", "zb1p", "zbv", "dualpipe"} == {case.pipeline for case in cases}
+    for line in (compared[0][case.name] for case in cases):
+        assert line["gradient"] < 2e-6 and line["losses"] < 1e-6 and line["grad_norm"] < 1e-6, line
+        assert line["loads_equal"] and line["bias"] == 0 and line["weights"] < 1e-5 and line["next_loss"] < 5e-6, line
+
+
+def test_ranks_of_a_stage_make_the_same_calls_in_the_same_order(compared):
+    """All-to-alls of one step of dualpipe: of two directions in turn, and other ones in another stage."""
+    first, second, third, fourth = compared[1]["calls"]
+    assert first == second and third == fourth and first != third
+    made = [call.split(" micro-batch")[0] for call in first]
+    stages = [int(call.split()[-1]) for call in made]
+    assert set(stages) == {0, 3}  # of direction 0, and the last of direction 1
+    assert sum(a != b for a, b in pairwise(stages)) > 4
+    assert {call.split()[0] for call in made} == {"forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk"}
+
+
+def test_every_parameter_has_one_place_in_the_optimizers_state(compared):
+    """DualPipe holds an expert twice here, and all else four times. The planner counts so too, and the routers' bias."""
+    cfg, more = tiny_config(4), compared[1]
+    assert sum(more["kept"]) == more["parameters"] and max(more["kept"]) - min(more["kept"]) < 8
+    planned = training_memory(cfg, Layout(4, 2, 2, gpus_per_node=1), tokens=1)
+    routers = cfg.num_hidden_layers - cfg.first_k_dense_replace + cfg.num_nextn_predict_layers
+    assert planned.master == 4 * (more["parameters"] + routers * cfg.n_routed_experts) / 4  # bytes, on each of four ranks
+
+
+@pytest.mark.parametrize("case, field, least", [
+    ("mirror ranks not summed", "gradient", 0.1),
+    ("norm of one stage", "grad_norm", 0.01),
+    ("loads of one pipeline", "bias", 1e-3),
+    ("loads of one pipeline", "losses", 0.1),
+    ("all pipelines have the same rows", "gradient", 0.1),
+])  # fmt: skip
+def test_a_mistake_is_seen(compared, case, field, least):
+    assert {line["case"]: line for line in compared[1]["broken"]}[case][field] > least
+
+
+TINY = ("hidden_size=32", "num_hidden_layers=4", "intermediate_size=48", "moe_intermediate_size=16",
         "num_attention_heads=2", "q_lora_rank=16", "kv_lora_rank=16", "qk_nope_head_dim=8", "qk_rope_head_dim=8",
         "v_head_dim=8", "n_routed_experts=8", "num_experts_per_tok=2", "n_group=4", "topk_group=2")  # fmt: skip
 
@@ -113,7 +163,38 @@ def test_training_writes_the_losses_of_one_process_and_goes_on_anywhere(tmp_path
     assert losses(alone) == pytest.approx(losses(one), abs=2e-5)
 
 
+def test_training_in_pipelines_goes_on_bit_for_bit_and_anywhere(tmp_path, settings):
+    one = train_on_one(tmp_path / "one", settings)
+    grid = {"pipeline": "dualpipe", "expert_parallel": 2}
+    (tmp_path / "settings.json").write_text(json.dumps([settings | grid | {"out": str(tmp_path / "grid")}]))
+    run_job(tmp_path)
+    whole = tmp_path / "grid"
+    assert losses(whole) == pytest.approx(losses(one), abs=2e-5)
+    a, b = checkpoint.load(whole / "step-4").state_dict(), checkpoint.load(one / "step-4").state_dict()
+    assert a.keys() == b.keys() and all(torch.allclose(a[key], b[key], atol=5e-4) for key in a)
+
+    again, spread = (stopped_after_two(whole, tmp_path / name) for name in ("again", "spread"))
+    runs = [grid | {"out": str(again)}, {"expert_parallel": 4, "out": str(spread)}]
+    (tmp_path / "settings.json").write_text(json.dumps([settings | run | {"resume": True} for run in runs]))
+    run_job(tmp_path)
+    assert losses(again) == losses(whole)
+    for file in ("model-00001-of-000001.safetensors", "trainer.safetensors"):
+        x, y = load_file(again / "step-4" / file), load_file(whole / "step-4" / file)
+        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x if not k.startswith("rng/")), file
+    assert losses(spread) == pytest.approx(losses(whole), abs=2e-5)
+
+    alone = train_on_one(stopped_after_two(whole, tmp_path / "alone"), settings, resume=True)
+    assert losses(alone) == pytest.approx(losses(one), abs=2e-5)
+
+
 @pytest.mark.parametrize("changes, ranks, message", [
+    ({"expert_parallel": 2, "pipeline": "1f1b"}, "2", "on 2 processes: a pipeline of 1 ranks; allowed is an even number"),
+    ({"expert_parallel": 3, "pipeline": "1f1b"}, "4", "ep=3: allowed are divisors of world / pp = 4"),
+    ({"expert_parallel": 2, "pipeline": "dualpipe", "pipeline_ranks": 4}, "4", "ep=2: allowed are divisors of world / pp"),
+    ({"expert_parallel": 2, "pipeline": "dualpipe", "pipeline_ranks": 3}, "4", "pp=3: allowed are divisors of world=4"),
+    ({"expert_parallel": 2, "pipeline": "1f1b", "model": ("num_hidden_layers=3",)}, "4", "num_hidden_layers=3 does not"),
+    ({"expert_parallel": 2, "pipeline": "dualpipe", "recipe": RecipeConfig(batch=6)}, "4", "of 3 sequences cannot be cut"),
+    ({"expert_parallel": 2, "pipeline": "dualpipe", "balance": ("noisy",)}, "4", "balance: noisy"),
     ({"expert_parallel": 3}, "4", "ep=3: allowed are divisors of world / pp = 4"),
     ({"expert_parallel": 4, "model": ("n_routed_experts=6", "n_group=1", "topk_group=1")}, "4",
      "ep=4: allowed are divisors of n_experts=6"),
@@ -138,7 +219,8 @@ def test_without_torchrun_it_says_how_to_start(monkeypatch):
 
 @pytest.mark.parametrize("changes, message", [
     ({"expert_parallel": 0}, "expert_parallel = 0: must be at least 1"),
-    ({"expert_parallel": 2, "pipeline": "dualpipe"}, "with pipeline = 'dualpipe': must be one of the two"),
+    ({"pipeline": "dualpipe", "pipeline_ranks": 2}, "pipeline_ranks = 2 needs --pipeline NAME and --expert-parallel EP"),
+    ({"pipeline": "dualpipe", "expert_parallel": 2, "pipeline_ranks": 1}, "pipeline_ranks = 1: must be at least 2"),
     ({"expert_wire": "v3"}, "need --expert-parallel EP"),
     ({"expert_parallel": 2, "expert_wire": "fp4"}, "expert_wire = 'fp4': must be one of exact, v3"),
 ])  # fmt: skip
