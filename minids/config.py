@@ -83,7 +83,7 @@ class ModelConfig:
     def __post_init__(self):
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        if self.rope_scaling is not None:
+        if isinstance(self.rope_scaling, dict):
             object.__setattr__(self, "rope_scaling", dict(self.rope_scaling))
         validate(self)
 
@@ -252,12 +252,21 @@ def _blocks(size: int) -> int:
 
 def _unify_rope(values: dict) -> dict:
     """Folds the newer ``rope_parameters`` into ``rope_theta`` and ``rope_scaling``; 'rope_type' becomes 'type'."""
-    merged = dict(values.pop("rope_parameters", None) or values.get("rope_scaling") or {})
+    found = values.pop("rope_parameters", None) or values.get("rope_scaling") or {}
+    if not isinstance(found, dict):
+        return {**values, "rope_scaling": found}  # refused by the rules
+    merged = dict(found)
     if "rope_theta" in merged:
         values["rope_theta"] = merged.pop("rope_theta")
-    kind = merged.pop("rope_type", None) or merged.get("type", "default")
-    values["rope_scaling"] = None if kind == "default" else {**merged, "type": kind}
+    kind = merged.pop("rope_type", None) or merged.get("type")
+    if kind is None and "factor" in merged:  # scaling that says not which: refused by the rules, never dropped
+        return {**values, "rope_scaling": merged}
+    values["rope_scaling"] = None if kind in (None, "default") else {**merged, "type": kind}
     return values
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
 def _rules(c: ModelConfig):
@@ -273,9 +282,13 @@ def _rules(c: ModelConfig):
         low = 0 if name in counts else 1
         value = getattr(c, name)
         yield type(value) is int and value >= low, name, f"an integer of at least {low}"
-    for name in ("rms_norm_eps", "rope_theta", "routed_scaling_factor", "initializer_range"):
+    for name, low in (("rms_norm_eps", 0), ("rope_theta", 1), ("routed_scaling_factor", 0), ("initializer_range", 0)):
         value = getattr(c, name)
-        yield isinstance(value, (int, float)) and 0 < value < float("inf"), name, "a finite number above 0"
+        yield _is_number(value) and value > low, name, f"a finite number above {low}"
+    for name in ("norm_topk_prob", "tie_word_embeddings", "seq_aux", "mtp_hidden_norm"):
+        yield isinstance(getattr(c, name), bool), name, "true or false"
+    yield c.quantization_config is None or isinstance(c.quantization_config, dict), "quantization_config", (
+        "null or an object")
     yield c.q_lora_rank is None or (type(c.q_lora_rank) is int and c.q_lora_rank > 0), "q_lora_rank", "null or above 0"
     yield c.num_key_value_heads == c.num_attention_heads, "num_key_value_heads", (
         f"num_attention_heads={c.num_attention_heads}: MLA expands one key and one value for each query head")
@@ -288,7 +301,7 @@ def _rules(c: ModelConfig):
     yield c.hidden_act == "silu", "hidden_act", "silu"
     yield c.attention_bias is False, "attention_bias", "false: no published model of this family has one"
     yield c.attention_dropout == 0, "attention_dropout", "0: no published model of this family uses it"
-    yield isinstance(c.aux_loss_alpha, (int, float)) and c.aux_loss_alpha >= 0, "aux_loss_alpha", "0 or above"
+    yield _is_number(c.aux_loss_alpha) and c.aux_loss_alpha >= 0, "aux_loss_alpha", "a finite number, 0 or above"
     yield c.model_type in ("deepseek_v3", "deepseek_v2"), "model_type", "deepseek_v3 or deepseek_v2"
     moe = c.num_nextn_predict_layers or any(c.is_moe_layer(i) for i in range(c.num_hidden_layers))
     if c.n_routed_experts == 0:
@@ -315,12 +328,15 @@ def _router_rules(c: ModelConfig):
 
 
 def _yarn_rules(c: ModelConfig):
-    scaling, number = c.rope_scaling, (int, float)
+    scaling = c.rope_scaling
+    yield isinstance(scaling, dict), "rope_scaling", "null or an object"
     yield scaling.get("type") == "yarn", "rope_scaling", "null or type 'yarn'"
     yield set(scaling) <= YARN_KEYS, "rope_scaling", f"the keys {', '.join(sorted(YARN_KEYS))}"
-    yield isinstance(scaling.get("factor"), number) and scaling["factor"] >= 1, "rope_scaling", "a factor of at least 1"
+    yield _is_number(scaling.get("factor")) and scaling["factor"] >= 1, "rope_scaling", "a finite factor of at least 1"
     length = scaling.get("original_max_position_embeddings")
     yield type(length) is int and length > 0, "rope_scaling", "original_max_position_embeddings, a positive integer"
+    optional = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor")
+    yield all(_is_number(scaling.get(name) or 0) for name in optional), "rope_scaling", f"{', '.join(optional)}: numbers"
     fast, slow = scaling.get("beta_fast", 32), scaling.get("beta_slow", 1)
     yield fast >= slow > 0, "rope_scaling", "beta_fast >= beta_slow > 0"
 

@@ -102,6 +102,16 @@ def test_round_trip(name):
     ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling=.*yarn"),
     ({"rope_scaling": {"type": "yarn", "factor": 0.5, "original_max_position_embeddings": 8}}, "factor of at least 1"),
     ({"rope_scaling": {"type": "yarn", "factor": 4}}, "original_max_position_embeddings"),
+    ({"rope_theta": 1.0}, r"rope_theta=1\.0.*above 1"),
+    ({"rope_scaling": [40]}, r"rope_scaling=\[40\].*an object"),
+    ({"rope_scaling": "yarn"}, "rope_scaling='yarn'.*an object"),
+    ({"rope_scaling": {**PUBLISHED["rope_scaling"], "factor": float("inf")}}, "a finite factor"),
+    ({"rope_scaling": {**PUBLISHED["rope_scaling"], "beta_fast": "32"}}, "beta_fast.*numbers"),
+    ({"rope_scaling": {**PUBLISHED["rope_scaling"], "mscale_all_dim": "1"}}, "mscale_all_dim.*numbers"),
+    ({"rms_norm_eps": True}, "rms_norm_eps=True"),
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false'.*true or false"),
+    ({"norm_topk_prob": 1}, "norm_topk_prob=1.*true or false"),
+    ({"quantization_config": "fp8"}, "quantization_config='fp8'.*an object"),
     ({"attention_bias": True}, "attention_bias=True"),
     ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
     ({"aux_loss_alpha": -1}, "aux_loss_alpha=-1"),
@@ -110,6 +120,14 @@ def test_round_trip(name):
 def test_impossible_values_are_refused(changes, named):
     with pytest.raises(ValueError, match=named):
         ModelConfig.preset("v3").replace(**changes)
+
+
+def test_a_factor_without_a_type_is_not_dropped():
+    nameless = {key: value for key, value in PUBLISHED["rope_scaling"].items() if key != "type"}
+    with pytest.raises(ValueError, match="rope_scaling=.*type 'yarn'"):
+        ModelConfig.from_dict({**PUBLISHED, "rope_scaling": nameless})
+    with pytest.raises(ValueError, match="rope_scaling=.*an object"):
+        ModelConfig.from_dict({**PUBLISHED, "rope_scaling": [40]})
 
 
 def test_ways_in_refuse_what_is_no_config(tmp_path):
