@@ -17,6 +17,7 @@ from torch import Tensor
 
 from minids import kernels
 from minids.kernels import uses_kernels
+from minids.model.check import check_indices
 
 IGNORE = -100  # a label that does not count, as in torch
 CHUNK_ELEMENTS = 1 << 20  # logits held at a time: 4 MiB in float32, inside a cache; on CUDA 256 times as many
@@ -67,6 +68,7 @@ def linear_cross_entropy(hidden: Tensor, weight_VD: Tensor, labels: Tensor) -> T
     hidden_ND, labels_N = hidden.flatten(0, -2), labels.flatten()
     if len(hidden_ND) != len(labels_N):
         raise ValueError(f"labels of shape {tuple(labels.shape)}: allowed is {tuple(hidden.shape[:-1])}")
+    check_indices("labels", labels_N, len(weight_VD), IGNORE)
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)

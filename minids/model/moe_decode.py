@@ -42,7 +42,8 @@ LARGE = 1 << 22  # numbers of a layer's gate and up projections from which the m
 
 def applies(x_ND: Tensor, routing: Routing, n_experts: int) -> bool:
     """Whether `few_tokens` is the way: inference on the CPU with at most FEW tokens an expert."""
-    return x_ND.is_cpu and not torch.is_grad_enabled() and routing.indices.numel() <= FEW * n_experts
+    few = 0 < routing.indices.numel() <= FEW * n_experts
+    return few and x_ND.is_cpu and not torch.is_grad_enabled()
 
 
 def few_tokens(x_ND: Tensor, routing: Routing, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from minids.kernels import uses_kernels
 from minids.model.attention import causal_mask
 from minids.model.block import Block, Context
 from minids.model.cache import LatentCache
+from minids.model.check import check_indices
 from minids.model.layers import RMSNorm
 from minids.model.linear import Linear
 from minids.model.loss import IGNORE, linear_cross_entropy
@@ -186,8 +187,12 @@ class Transformer(nn.Module):
         if t > self.cfg.max_position_embeddings:
             raise ValueError(f"rows of {t} tokens: allowed are max_position_embeddings="
                              f"{self.cfg.max_position_embeddings}")  # fmt: skip
-        if labels is not None and labels.shape != tokens.shape:
-            raise ValueError(f"labels of shape {tuple(labels.shape)}: allowed is {(b, t)}, as tokens")
+        check_indices("tokens", tokens, self.cfg.vocab_size)
+        if labels is not None:
+            if labels.shape != tokens.shape or labels.dtype != torch.int64:
+                raise ValueError(f"labels of shape {tuple(labels.shape)} and {labels.dtype}:"
+                                 f" allowed is {(b, t)} int64, as tokens")  # fmt: skip
+            check_indices("labels", labels, self.cfg.vocab_size, IGNORE)
         if document_ids is not None and tuple(document_ids.shape) not in ((b, t), (b, t + 1)):
             raise ValueError(f"document_ids of shape {tuple(document_ids.shape)}: allowed is {(b, t)} or {(b, t + 1)}")
         if cache is not None and (cache.rows != b or document_ids is not None or labels is not None):
@@ -197,6 +202,8 @@ class Transformer(nn.Module):
             raise ValueError("mtp=True with a cache made without the MTP layers: allowed is LatentCache(..., mtp=True)")
         if n_valid is not None and (cache is None or tuple(n_valid.shape) != (b,)):
             raise ValueError(f"n_valid of shape {tuple(n_valid.shape)}: allowed is {(b,)}, together with a cache")
+        if n_valid is not None:
+            check_indices("n_valid", n_valid, t + 1)
 
 
 def document_positions(document_ids: Tensor) -> tuple[Tensor, Tensor]:

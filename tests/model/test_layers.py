@@ -107,5 +107,8 @@ def test_head_loss_ignores_labels_and_refuses_shapes():
     assert linear_cross_entropy(hidden, weight, torch.full((4,), -100)).item() == 0
     with pytest.raises(ValueError, match=r"labels of shape \(3,\): allowed is \(4,\)"):
         linear_cross_entropy(hidden, weight, torch.zeros(3, dtype=torch.int64))
+    for label in (-1, 9):  # -1 is no "does not count": it must not be taken for token 0
+        with pytest.raises(ValueError, match=f"labels from {label} to {label}: allowed are 0 to 8, and -100"):
+            linear_cross_entropy(hidden, weight, torch.tensor([-100, label, -100, -100]))
     torch.testing.assert_close(
         next_token_loss(hidden @ weight.t(), torch.tensor([1, -100, 2, -100])), loss / 2, atol=1e-5, rtol=1e-5)

@@ -53,6 +53,15 @@ def test_equals_the_loop_with_gradients(seed, n, k, multiple):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_no_tokens_are_no_error(training):
+    layer, x, routing = make(0)
+    none = Routing(routing.weights[:0], routing.indices[:0], routing.scores[:0], torch.zeros_like(routing.load))
+    with torch.set_grad_enabled(training):
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            assert layer.to(dtype)(x[:0].to(dtype), none).shape == (0, 8)
+
+
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 30), k=st.integers(1, 4), multiple=st.sampled_from([1, 2, 3, 16]))
 def test_dispatch_puts_every_choice_in_one_slot_of_its_expert(seed, n, k, multiple):
     torch.manual_seed(seed)

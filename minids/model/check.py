@@ -1,0 +1,22 @@
+"""Indices that lie outside their table, told before any work.
+
+An index that is too large fails deep inside some product, and one below 0 may be taken for another without failing at
+all. Only values that lie on the host are looked at: to look at those on a GPU would be to wait for it.
+"""
+
+import torch
+from torch import Tensor
+
+
+def check_indices(name: str, indices: Tensor, count: int, ignored: int | None = None) -> None:
+    """Raises ValueError if an integer of ``indices`` is none of 0 to count - 1, ``ignored`` aside."""
+    if type(indices) is not Tensor or not indices.is_cpu or indices.is_floating_point() or indices.numel() == 0:
+        return
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():  # only shapes are being worked out
+        return
+    counted, also = indices, ""
+    if ignored is not None:
+        counted, also = indices[indices != ignored], f", and {ignored}"
+    low, high = (int(bound) for bound in counted.aminmax()) if counted.numel() else (0, 0)
+    if low < 0 or high >= count:
+        raise ValueError(f"{name} from {low} to {high}: allowed are 0 to {count - 1}{also}")
