@@ -39,6 +39,7 @@ FP8_CONFIG = {
 }
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
           "F8_E4M3": torch.float8_e4m3fn}  # fmt: skip
+MODEL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SAVED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -154,6 +155,8 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, device: str | tor
     folder = Path(folder)
     if mtp not in (True, False, "auto"):
         raise ValueError(f"mtp: got {mtp!r}, allowed are True, False and 'auto'")
+    if dtype is not None and dtype not in MODEL_DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}, allowed are {', '.join(map(str, MODEL_DTYPES))}")
     restore_interrupted(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")

@@ -567,6 +567,19 @@ def test_index_that_names_the_wrong_file(folder):
         load(folder)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, "bfloat16", torch.float8_e4m3fn])
+def test_load_names_a_dtype_that_no_model_has(folder, dtype):
+    with pytest.raises(ValueError, match=f"dtype: got {dtype!r}, allowed are torch.float64"):
+        load(folder, dtype=dtype)
+
+
+def test_quantization_config_that_is_no_object(tmp_path):
+    save(build(), tmp_path / "c", fp8=True)
+    edit_json(tmp_path / "c" / "config.json", quantization_config="fp8")
+    with pytest.raises(ValueError, match="quantization_config='fp8': allowed is null or an object"):
+        load(tmp_path / "c")
+
+
 # ---- saving over something ------------------------------------------------------------------------------------------
 
 

@@ -230,7 +230,7 @@ def _line_number(file: Path, offset: int) -> int:
 def _json_text(line: bytes, text_field: str) -> str:
     try:
         record = json.loads(line)
-    except ValueError as error:  # UnicodeDecodeError is one too
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError too
         raise CorpusError(f"not valid JSON ({error})") from None
     if not isinstance(record, dict):
         raise CorpusError(f"a JSON object is expected, this is a {type(record).__name__}")

@@ -90,6 +90,8 @@ class PackedRows:
 
     def row(self, index: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and document ids of rows by place in the stream: index (...) -> two int64 arrays (..., T + 1)."""
+        if np.size(index) and not 0 <= np.min(index) <= np.max(index) < self.n_rows:
+            raise PackingError(f"row {index}: rows are 0 to {self.n_rows - 1}")
         places = np.asarray(index)[..., None] * self.sequence_length + np.arange(self.sequence_length + 1)
         document_ids = np.searchsorted(self.starts, places, side="right") - 1
         return self.tokens[places].astype(np.int64), document_ids.astype(np.int64)

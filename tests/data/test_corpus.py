@@ -96,6 +96,7 @@ def test_jsonl_field_blank_lines_and_origin(tmp_path):
         ('{"text": 7}', "field 'text' is a int, not a string"),
         ('{"text": "x"', "not valid JSON"),
         ('["text"]', "a JSON object is expected, this is a list"),
+        ('{"text": ' + "[" * 100_000 + "]" * 100_000 + "}", "not valid JSON"),
     ],
 )
 def test_a_bad_jsonl_line_is_named_by_file_and_line(tmp_path, monkeypatch, line, message):

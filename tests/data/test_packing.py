@@ -87,6 +87,9 @@ def test_impossible_rows_are_refused():
     for position, count in ((-1, 1), (0, 0)):
         with pytest.raises(PackingError, match=f"position={position}, rows={count}"):
             PackedRows(tokens, starts, 3).batch(position, count)
+    for index in (-1, 3, np.array([0, 3])):
+        with pytest.raises(PackingError, match="rows are 0 to 2"):
+            PackedRows(tokens, starts, 3).row(index)
 
 
 @settings(deadline=None)
