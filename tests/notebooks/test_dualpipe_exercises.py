@@ -19,10 +19,10 @@ def test_a_stub_is_not_a_failure(lesson, capsys, number):
 # ---- 1, pairs --------------------------------------------------------------------------------------------------------
 
 
-def pairs(rank, ranks, n, half=True, mirror=True, last=True, five=True):
+def pairs(rank, ranks, n, half=True, mirror=True, last=True, five=True, two=True):
     inward = min(rank, ranks - 1 - rank) if mirror else rank
     own = n // 2 if half else n
-    return (2 * (own - ranks + inward + 1) - (last and inward == ranks // 2 - 1)
+    return ((1 + two) * (own - ranks + inward + 1) - (last and inward == ranks // 2 - 1)
             + (five and ranks // 2 - inward - 1))  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def test_pairs(lesson, capsys):
 
 
 @pytest.mark.parametrize("mistake,hint", [("half", "one direction"), ("mirror", "mirrors"), ("last", "middle"),
-                                          ("five", "step 5")])  # fmt: skip
+                                          ("five", "step 5"), ("two", "two at a time")])  # fmt: skip
 def test_wrong_pairs_are_named(lesson, mistake, hint):
     lesson.refuses("1", lambda *case: pairs(*case, **{mistake: False}), hint)
 
@@ -91,6 +91,20 @@ def test_the_best_cut(lesson, capsys):
         return min(every_cut(len(times), ranks), key=lambda counts: step_time(counts, times, n))
 
     lesson.accepts("3", search, capsys)
+
+
+def lightest(times, ranks, n):
+    """The first cut whose heaviest stage is as light as can be."""
+    def heaviest(counts):
+        ends = [sum(counts[: k + 1]) for k in range(ranks)]
+        return max(sum(times[end - count : end]) for count, end in zip(counts, ends, strict=True))
+
+    return min(every_cut(len(times), ranks), key=heaviest)
+
+
+def test_neither_the_lightest_heaviest_stage_nor_one_answer_for_all_is_enough(lesson):
+    lesson.refuses("3", lightest, "102 where 96 is possible")
+    lesson.refuses("3", lambda times, ranks, n: (3, 3, 3, 1), "3 stages, 10 layers")
 
 
 @pytest.mark.parametrize("wrong,message", [
