@@ -104,7 +104,9 @@ def test_right_answers_pass(lesson, capsys, number, answer):
     (otherwise(chance=lambda p, q: (p == p.max()).double()), "no argmax"),
     (otherwise(chance=lambda p, q: torch.where(q > 0, p / q, 1.0)), "at most 1"),
     (otherwise(chance=lambda p, q: (p / q).clamp(max=1)), "1 where q is 0"),
-    (otherwise(rest=lambda p, q: (p - q).clamp(min=0) / (p - q).clamp(min=0).sum()), "p = q"),
+    (otherwise(rest=lambda p, q: (p - q).clamp(min=0) / (p - q).clamp(min=0).sum()), "exercise 1: p = q"),
+    (otherwise(rest=lambda p, q: p - q), "cut p - q at 0"),
+    (otherwise(chance=lambda p, q: (p >= q).double()), "yes or no"),
 ])  # fmt: skip
 def test_wrong_rules_are_named(lesson, wrong, hint):
     lesson.refuses("1", wrong, hint)
@@ -118,6 +120,8 @@ def test_wrong_rules_are_named(lesson, wrong, hint):
     (lambda *a: ~mask(*a), "True where it may look"),
     (past_only, "not the past only"),
     (lambda *a: mask(*a)[:, 0], "\\(B, 1, T, S\\)"),
+    (lambda *a: mask(*a).float(), "bool"),
+    (lambda *a: mask(*a).transpose(1, 2), "\\(B, 1, T, S\\)"),
     (lambda *a: mask(*a).tril(), "not equal"),
 ])  # fmt: skip
 def test_wrong_masks_are_named(lesson, wrong, hint):
@@ -129,7 +133,7 @@ def test_wrong_masks_are_named(lesson, wrong, hint):
     (same_p_twice, "is not p"),
     (lambda p, q, x1, x2: [Fraction(x == x1) for x in range(4)], "is not p"),
     (lambda p, q, x1, x2: list(p), "no more than one draft"),
-    (lambda p, q, x1, x2: [2 * x for x in two(p, q, x1, x2)], "a distribution"),
+    (lambda p, q, x1, x2: [2 * x for x in two(p, q, x1, x2)], "not a distribution"),
 ])  # fmt: skip
 def test_wrong_pairs_of_drafts_fail(lesson, wrong, hint):
     lesson.refuses("3", wrong, hint)
