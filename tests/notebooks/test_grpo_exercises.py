@@ -35,11 +35,12 @@ def dapo(logp, old, A, mask, low, high, form="min", by="token", sign=-1):
         for t in mask[i].nonzero().flatten().tolist():
             ratio = (logp[i, t] - old[i, t]).exp()
             cut = ratio.clamp(1 - low, 1 + high)
-            inner = inner + {"min": torch.minimum(ratio * A[i], cut * A[i]), "max": torch.maximum(ratio * A[i], cut * A[i]),
+            inner = inner + {"min": torch.minimum(ratio * A[i], cut * A[i]), "free": ratio * A[i],
+                             "max": torch.maximum(ratio * A[i], cut * A[i]),
                              "cut": cut * A[i], "one side": ratio.clamp(max=1 + high) * A[i]}[form]  # fmt: skip
         n = int(mask[i].sum())
         total, counted = total + (inner / n if by == "answer" else inner), counted + n
-    return sign * total / {"token": counted, "answer": len(A), "all": mask.numel()}[by]
+    return sign * total / {"token": counted, "answer": len(A), "answers": len(A), "all": mask.numel(), "sum": 1}[by]
 
 
 # ---- 3, the KL -------------------------------------------------------------------------------------------------------
@@ -84,6 +85,10 @@ def test_right_answers_pass(lesson, capsys, number, answer):
     (lambda r: r - (r.sum(1, keepdim=True) - r) / r.shape[1], "G - 1 others"),
     (lambda r: (r - r.mean(1, keepdim=True)) / r.std(1, keepdim=True, correction=0), "NaN|no deviation"),
     (lambda r: leave_one_out(r)[0], "not equal"),
+    (lambda r: leave_one_out(r.T).T, "not over questions"),
+    (lambda r: r - (r.sum(1, keepdim=True) - r) / 3, "wrong for 6"),
+    (lambda r: (r - r.mean(1, keepdim=True)) * 4 / 3, "wrong for 6"),
+    (lambda r: r.sub_(r.mean(1, keepdim=True)).mul_(r.shape[1] / (r.shape[1] - 1)), "have been changed"),
 ])  # fmt: skip
 def test_wrong_advantages_are_named(lesson, wrong, hint):
     lesson.refuses("1", wrong, hint)
@@ -96,6 +101,9 @@ def test_wrong_advantages_are_named(lesson, wrong, hint):
     (dict(form="one side"), "A > 0 only"),
     (dict(by="answer"), "no 1/|o|"),
     (dict(by="all"), "not by all"),
+    (dict(form="free"), "the clip is missing"),
+    (dict(by="answers"), "not by answers"),
+    (dict(by="sum"), "not the sum"),
 ])  # fmt: skip
 def test_wrong_losses_are_named(lesson, slip, hint):
     lesson.refuses("2", lambda *given: dapo(*given, **slip), hint)
@@ -104,9 +112,10 @@ def test_wrong_losses_are_named(lesson, slip, hint):
 @pytest.mark.parametrize("wrong, hint", [
     (lambda lp, o, a, m, low, high: dapo(lp, o, a, m, low, low), "1 \\+ high"),
     (lambda lp, o, a, m, low, high: dapo(lp, o, a, m, high, low), "exchanged"),
-    (lambda lp, o, a, m, low, high: dapo(lp, o, a, torch.ones_like(m), low, high), "not equal|NaN"),
+    (lambda lp, o, a, m, low, high: dapo(lp, o, a, torch.ones_like(m), low, high), "padding takes part"),
+    (lambda lp, o, a, m, low, high: dapo(o, lp, a, m, low, high), "new over old"),
     (lambda lp, o, a, m, low, high: (-torch.minimum((lp - o).exp() * a[:, None], (lp - o).exp().clamp(1 - low, 1 + high)
-                                                   * a[:, None]) * m).sum() / m.sum(), "NaN"),
+                                                   * a[:, None]) * m).sum() / m.sum(), "padding takes part"),
 ])  # fmt: skip
 def test_wrong_ranges_and_padding_are_found(lesson, wrong, hint):
     lesson.refuses("2", wrong, hint)
@@ -121,6 +130,8 @@ def test_wrong_ranges_and_padding_are_found(lesson, wrong, hint):
     (lambda lp, o, r: (lp - r).detach(), "no gradient"),
     (lambda lp, o, r: k2(lp, o, r).sum(), "one value for each sample"),
     (lambda lp, o, r: k2(lp, o, r) * 1.1, "not equal"),
+    (lambda lp, o, r: (lp - r).exp() - (lp - r) - 1, "q is ref over pi"),
+    (lambda lp, o, r: (lp - o).exp().detach() * k3(lp, o, r), "as k3 has it"),
 ])  # fmt: skip
 def test_wrong_divergences_are_named(lesson, wrong, hint):
     lesson.refuses("3", wrong, hint)
