@@ -1,9 +1,10 @@
 """The command line: every mistake gets one line or tyro's box, never a traceback, and help is whole."""
 
+import json
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -119,3 +120,20 @@ def test_a_run_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     status, said = called("classroom", "--out", str(tmp_path / "file" / "course"))
     assert status == 2 and said.startswith("error: ") and said.count("\n") == 1, said
+
+
+def test_the_tables_of_r1_say_what_their_columns_are(tmp_path: Path, capsys) -> None:
+    from minids.rl.stages_run import COLUMNS, R1RunConfig, open_stages, run_stages, write_atomic
+
+    config = R1RunConfig()
+    made = open_stages(tmp_path, {}, overwrite=False)
+    settings = json.loads(json.dumps(asdict(config), default=str))
+    del settings["out"], settings["overwrite"]
+    made |= {"settings": settings, "stages": {"sft": {"cpu_seconds": 2.0, **dict.fromkeys(COLUMNS, 0.5)}}}
+    write_atomic(tmp_path / "stages.json", json.dumps(made))
+    run_stages(tmp_path, config, [("sft", None, 0)], ("accuracy", "mixed"))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].split() == ["stage", "CPU", "s", "accuracy", "mixed"]
+    assert said[1].split() == ["sft", "2.0", "0.500", "0.500"]
+    assert said[3:5] == [f"{name:<10}{COLUMNS[name]}" for name in ("accuracy", "mixed")]
+    assert said[5] == f"ask it    python -m minids generate --checkpoint {tmp_path / 'sft'} --prompt 7+1+6+2+6:"

@@ -18,6 +18,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import time
@@ -260,4 +261,7 @@ def run_rl(config: RLConfig) -> dict:
     if ranks.rank == 0:
         shown = {name: value for name, value in record.items() if name.startswith("held_out") and math.isfinite(value)}
         print(json.dumps(shown | {"seconds of RL": round(run.seconds, 1), "out": str(config.folder)}, indent=1))
+        first = run.held_out[0].prompt
+        print(f"answers     {config.folder / 'samples.txt'}: held-out problems, from before the first step to the last\n"
+              f"ask it      python -m minids generate --checkpoint {config.folder} --prompt {shlex.quote(first)}")
     return record

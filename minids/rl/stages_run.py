@@ -25,6 +25,13 @@ from minids.rl import distill as distillation
 from minids.rl import r1
 from minids.train.state import write_atomic
 
+COLUMNS = {  # of the tables, and what they mean
+    "accuracy": "share of right answers to held-out sums", "length": "tokens of an answer",
+    "mixed": "share of chains in more than one language", "foreign": "share of chains with Chinese in them",
+    "helpful": "answers to questions in words: 1 kind, 0.5 right, 0 not what was asked; their mean",
+    "harmless": "share of those without a rude word",
+    "format": "share of answers in the form that is asked for", "entropy": "nats a token",
+}  # fmt: skip
 Stage = tuple[str, Callable[[Path, r1.Note], Path], int]  # name, what makes its checkpoint, steps that it will note
 
 
@@ -112,6 +119,8 @@ def run_stages(out: Path, config: _Folder, todo: list[Stage], columns: tuple[str
             figures = found["stages"][name]
             shown = "".join(f"{figures[column]:>10.3f}" for column in columns)
             print(f"{name:<10}{figures['cpu_seconds']:>8.1f}{shown}", flush=True)
+    print("\n" + "\n".join(f"{column:<10}{COLUMNS[column]}" for column in columns))
+    print(f"{'ask it':<10}python -m minids generate --checkpoint {out / todo[-1][0]} --prompt 7+1+6+2+6:")
     return found["stages"]
 
 

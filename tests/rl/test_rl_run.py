@@ -115,6 +115,16 @@ def test_bad_settings(change, message):
         RLConfig(**change)
 
 
+def test_a_run_ends_with_where_its_answers_are_and_how_to_ask(base, tmp_path, capsys):
+    rl(tmp_path / "run", "--base", str(base), steps=2)
+    said = capsys.readouterr().out.splitlines()
+    where, ask = (next(line for line in said if line.startswith(word)) for word in ("answers", "ask it"))
+    assert os.path.exists(where.split()[1].rstrip(":"))
+    _, words = ask.split("python -m minids ")
+    main([word.strip("'") for word in words.split()])  # the line works as it stands
+    assert capsys.readouterr().out.startswith(words.split()[-1].strip("'"))
+
+
 def test_a_folder_with_a_run_is_not_written_over(tmp_path, capsys):
     rl(tmp_path / "run", steps=1)
     with pytest.raises(SystemExit) as stop:
