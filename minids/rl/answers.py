@@ -28,15 +28,17 @@ class Batch:
     rewards_QG: Tensor  # float64
     terms: dict[str, list[float]]  # each reward before its weight, one an answer
     texts: list[str]  # the answers, without a final eos
+    eos_id: int  # what ends an answer that was not cut off
 
     def summary(self, max_new_tokens: int) -> dict[str, float]:
         """What to watch: mean reward and terms, length in tokens, entropy (nats a token), the share of groups whose rewards
         are all equal, and of answers that were cut off."""
         lengths = [len(answer) for answer in self.rollout.answers]
+        cut_off = [len(a) == max_new_tokens and a[-1] != self.eos_id for a in self.rollout.answers]
         means = {name: sum(values) / len(values) for name, values in self.terms.items()}
         return {"reward": float(self.rewards_QG.mean()), **means, "length": sum(lengths) / len(lengths),
                 "entropy": self.rollout.entropy, "no_variance": 1 - float(informative(self.rewards_QG).double().mean()),
-                "cut_off": sum(length == max_new_tokens for length in lengths) / len(lengths)}  # fmt: skip
+                "cut_off": sum(cut_off) / len(cut_off)}  # fmt: skip
 
 
 def ask(model: Transformer, tokenizer: BytePairTokenizer, problems: list[Problem], total: Total, *, group: int = 1,
@@ -51,7 +53,7 @@ def ask(model: Transformer, tokenizer: BytePairTokenizer, problems: list[Problem
     scored = [total(problem, text) for problem, text in zip(asked, texts, strict=True)]
     rewards_QG = torch.tensor([reward for reward, _ in scored], dtype=torch.float64).view(-1, group)
     terms = {name: [each[name] for _, each in scored] for name in total.terms}
-    return Batch(list(problems), found, rewards_QG, terms, texts)
+    return Batch(list(problems), found, rewards_QG, terms, texts, tokenizer.eos_id)
 
 
 def response(tokenizer: BytePairTokenizer, tokens: list[int]) -> str:
@@ -74,7 +76,7 @@ def replace_groups(batch: Batch, keep_Q: Tensor, fresh: Batch) -> Batch:
         problems[place], rewards_QG[place] = fresh.problems[source], fresh.rewards_QG[source]
         for name, values in terms.items():
             values[to] = fresh.terms[name][of]
-    return Batch(problems, old, rewards_QG, terms, texts)
+    return Batch(problems, old, rewards_QG, terms, texts, batch.eos_id)
 
 
 def widened(found: Rollout, width: int) -> Rollout:

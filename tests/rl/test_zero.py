@@ -53,6 +53,13 @@ def test_the_policy_learns(trained):
     assert [record["step"] for record in records] == list(range(1, 26))
 
 
+def test_an_answer_that_ends_with_its_last_token_was_not_cut_off(trained):
+    batch = ask(trained, TOKENIZER, [Problem("1:", "9")], Total(Digits().rewards()), group=3, max_new_tokens=2)
+    eos = TOKENIZER.eos_id
+    batch.rollout.answers[:] = [[eos], [5, eos], [5, 6]]
+    assert batch.eos_id == eos and batch.summary(2)["cut_off"] == pytest.approx(1 / 3)
+
+
 def test_equal_rewards_change_nothing(trained):
     class Constant(Digits):
         def rewards(self):
