@@ -5,6 +5,9 @@ a seed each. Every figure comes from the commands that a user has (`rl`, `r1`, `
 base and of the policy after RL, with the unbiased estimator of n answers of which c are right:
 
     pass@k = 1 - C(n - c, k) / C(n, k)                                                     [2107.03374, eq. 1]
+
+``language`` is a question of its own, the paper's ablation [R1, supplement]: what stage 2's language reward does, from one
+base and one cold start, with and without it.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from random import Random
 
 import torch
 
+from minids import checkpoint
+from minids.data.tokenizer import BytePairTokenizer
 from minids.experiments.balance import rounded, write_atomic
 from minids.rl import r1
 from minids.rl.answers import ask
@@ -59,6 +64,9 @@ class RLExperimentConfig:
     """zero, variants, r1, distill; variants and distill need zero."""
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     """R1-Zero's settings."""
+    language: Path | None = None
+    """A base's checkpoint folder (figures/rl/r1_base): only compare stage 2 with and without its language reward, from one
+    cold start, on these seeds, and write language.json."""
     combine_only: bool = False
     """Run nothing: read the seeds in the folder, print the table."""
 
@@ -130,9 +138,34 @@ def run_seed(config: RLExperimentConfig, seed: int, folder: Path) -> dict:
     return found
 
 
+def language_ablation(base: Path, seeds: tuple[int, ...], stages: r1.R1Config | None = None) -> dict:
+    """Held-out figures of the base, of its cold start, and of stage 2 from there on each seed: "without" the language
+    reward and "with" it."""
+    stages, shown = stages or r1.R1Config(), ("accuracy", "length", "chains", "mixed", "foreign")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+
+        def figures(stage: Path) -> dict[str, float]:
+            found = r1.evaluate(stage)
+            return {key: found[key] for key in shown}
+
+        start = r1.store(checkpoint.load(base, dtype=torch.float32), BytePairTokenizer.load(base), folder / "base")
+        found = {"base": figures(start), "cold": figures(r1.cold_start(start, folder / "cold", stages))}
+        for arm, weight in (("without", 0.0), ("with", stages.language_weight)):
+            settings = [replace(stages, language_weight=weight, reasoning=replace(stages.reasoning, seed=seed))
+                        for seed in seeds]  # fmt: skip
+            found[arm] = [figures(r1.reasoning_rl(folder / "cold", folder / arm, each)) for each in settings]
+    return found | {"seeds": list(seeds), "torch": torch.__version__.split("+")[0], "machine": platform.machine()}
+
+
 def run(config: RLExperimentConfig) -> dict:
-    """The experiment, or what is left of it; returns what rl.json holds."""
+    """The experiment, or what is left of it; returns what rl.json holds, or with ``language`` what language.json holds."""
     config.out.mkdir(parents=True, exist_ok=True)
+    if config.language is not None:
+        result = rounded(language_ablation(config.language, config.seeds), 4)
+        write_atomic(config.out / "language.json", json.dumps(result) + "\n")
+        print(json.dumps(result, indent=1))
+        return result
     for seed in () if config.combine_only else config.seeds:
         path = config.out / f"seed{seed}.json"
         if not path.exists():

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from minids.cli import main
-from minids.experiments.rl import pass_at, table
+from minids.experiments.rl import language_ablation, pass_at, table
 from minids.rl import distill, r1
 from minids.rl.chat import CHAT, KIND, RUDE, Chat, harmless, helpful, pairs, summary_of
 from minids.rl.policy import new_policy, tiny_config
@@ -179,6 +179,22 @@ def test_cold_start_teaches_the_form_in_one_language(solver, tmp_path):
     config = dataclasses.replace(SMALL, cold_examples=20, cold=SupervisedConfig(steps=80, tokens=512))
     found = r1.evaluate(r1.cold_start(base, tmp_path / "cold", config), problems=32)
     assert found["format"] > 0.8 and found["mixed"] < 0.1 and found["foreign"] < 0.1
+
+
+def test_the_ablation_changes_the_language_reward_alone(solver, monkeypatch):
+    asked, real = [], r1.Zero
+
+    def watched(model, tokenizer, task, config):
+        asked.append((task.language_weight, config.seed, "language" in task.rewards()))
+        return real(model, tokenizer, task, config)
+
+    monkeypatch.setattr(r1, "Zero", watched)
+    found = language_ablation(solver, (3, 4), SMALL)
+    assert asked == [(0.0, 3, False), (0.0, 4, False), (0.5, 3, True), (0.5, 4, True)]
+    assert found["seeds"] == [3, 4] and [len(found[arm]) for arm in ("without", "with")] == [2, 2]
+    for figures in (found["base"], found["cold"], *found["without"], *found["with"]):
+        assert set(figures) == {"accuracy", "length", "chains", "mixed", "foreign"}
+        assert 0 <= figures["mixed"] <= figures["foreign"] <= 1 and figures["accuracy"] <= 1
 
 
 def test_preferences_join_in_the_last_steps_only(solver, tmp_path, monkeypatch):
