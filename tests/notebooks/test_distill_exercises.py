@@ -1,5 +1,7 @@
 """The checks of notebook 14's exercises: silent on stubs, right answers pass, the usual mistakes are named."""
 
+import math
+
 import pytest
 import torch
 from exercises import Lesson
@@ -11,7 +13,7 @@ from minids.rl.supervised import collate
 def lesson():
     """The exercises need nothing of the lesson."""
     return Lesson("14_distillation", {"1": "my_labels", "2": "my_steps", "3": "my_soft_loss", "4": "my_shares"}, needed=(),
-                  given={"torch": torch})  # fmt: skip
+                  given={"math": math, "torch": torch})  # fmt: skip
 
 
 # ---- 1, labels -------------------------------------------------------------------------------------------------------
@@ -23,13 +25,13 @@ def labels(tokens, given, ends):
     return collate(rows)[1]
 
 
-def place_by_place(tokens, given, ends, shift=1, question=False, padding=False, eos=True, first=0, fill=-100):
+def place_by_place(tokens, given, ends, shift=1, question=False, padding=False, eos=True, first=0, last=0, fill=-100):
     out = torch.full((len(tokens), tokens.shape[1] - 1), fill)
     for b in range(len(tokens)):
         for t in range(tokens.shape[1] - 1):
             of = t + shift
             after = question or of >= given[b] + first
-            if after and (padding or of < ends[b] - int(not eos)):
+            if after and (padding or of < ends[b] - int(not eos) + last):
                 out[b, t] = tokens[b, of]
     return out
 
@@ -98,6 +100,7 @@ def test_right_answers_pass(lesson, capsys, number, answer):
     (dict(first=1), "first token of the answer"),
     (dict(first=-1), "last token of the question"),
     (dict(fill=0), "0 is a token"),
+    (dict(last=1), "a token too many"),
 ])  # fmt: skip
 def test_wrong_labels_are_named(lesson, slip, hint):
     lesson.refuses("1", lambda *given: place_by_place(*given, **slip), hint)
@@ -119,6 +122,8 @@ def test_labels_of_another_shape_are_refused(lesson):
     (lambda **c: steps(**{**c, "epochs": 1}), "each epoch"),
     (lambda **c: steps(**c, answers=1), "128 answers"),
     (lambda **c: 1.1 * steps(**c), "not equal"),
+    (lambda **c: round(steps(**c)), "not rounded"),
+    (lambda **c: math.ceil(steps(**c)), "not rounded"),
 ])  # fmt: skip
 def test_wrong_bills_are_named(lesson, wrong, hint):
     lesson.refuses("2", wrong, hint)
