@@ -67,6 +67,8 @@ def row_bytes(hidden: int, kind: str, itemsize: int) -> int:
 def encode(x: Tensor, kind: str) -> Tensor:
     """Rows (T, D) as bytes, (T, b) uint8. In FP8 the same bytes as `minids.fp8.dispatch.pack` and zeros behind, but a tile
     that is not finite becomes NaN: the loss will tell."""
+    if not len(x):  # torch takes a tensor without rows for contiguous, whatever its strides are
+        return torch.empty(0, row_bytes(x.shape[1], kind, x.element_size()), dtype=torch.uint8, device=x.device)
     if kind != "fp8":
         return (x.to(torch.bfloat16) if kind == "bf16" else x).contiguous().view(torch.uint8)
     q, scale_inv = kernels.quantize_tile((x.float() if x.dtype == torch.float64 else x).contiguous(), scale="ue8m0")

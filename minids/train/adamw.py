@@ -44,8 +44,9 @@ class BF16AdamW(torch.optim.Optimizer):
             kernels.adamw_(weight, g.contiguous(), state["exp_avg"], state["exp_avg_sq"], step=t, lr=group["lr"],
                            betas=(b1, b2), eps=group["eps"], decay=group["weight_decay"])  # fmt: skip
             return
-        m = state["exp_avg"].float().lerp_(g, 1 - b1)
-        v = state["exp_avg_sq"].float().mul_(b2).addcmul_(g, g, value=1 - b2)
+        g = g.to(torch.promote_types(g.dtype, torch.float32))  # FP64 of FP64 weights
+        m = state["exp_avg"].to(g.dtype).lerp_(g, 1 - b1)
+        v = state["exp_avg_sq"].to(g.dtype).mul_(b2).addcmul_(g, g, value=1 - b2)
         state["exp_avg"].copy_(m)
         state["exp_avg_sq"].copy_(v)
         weight.mul_(1 - group["lr"] * group["weight_decay"])

@@ -108,7 +108,7 @@ class LossScaler:
 
 
 class Optimizer:
-    """AdamW over the parameters of `model` (FP32, BF16 or FP16); parameters of one tensor tied twice count once.
+    """AdamW over the parameters of `model` (FP32, FP64, BF16 or FP16); parameters of one tensor tied twice count once.
 
     A step is: `(optimizer.scale * loss).backward(); optimizer.accumulate()` for every micro-batch, then
     `optimizer.step(lr)`. `step` applies nothing and returns False when a gradient is not finite.
@@ -218,7 +218,9 @@ class Optimizer:
             raise ValueError(f"optimizer state does not fit the model: missing {sorted(missing)}, "
                              f"unexpected {sorted(unknown)}")
         for key, tensor in tensors.items():
-            expected = MOMENTS[self.config.moments] if key.startswith("exp_avg") else torch.float32
+            kind, name = key.split("/", 1)
+            moments = torch.bfloat16 if self.config.moments == "bf16" else self.masters[name].dtype
+            expected = moments if kind.startswith("exp_avg") else torch.float32
             if tensor.dtype != expected:
                 raise ValueError(f"optimizer state {key}: got dtype {tensor.dtype}, expected {expected}, since "
                                  f"OptimConfig.moments = {self.config.moments!r}")

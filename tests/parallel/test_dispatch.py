@@ -149,6 +149,14 @@ def test_fp8_rows_are_those_of_the_reference_and_come_back_exactly(shape, dtype)
         assert torch.equal(again, want), "the second hop quantises to the same numbers"
 
 
+@pytest.mark.parametrize("kind", dispatch.KINDS)
+def test_a_gradient_without_rows_may_be_expanded(kind):
+    """What sum().backward() gives to a rank without tokens: strides of 0, which torch calls contiguous."""
+    rows = encode(torch.ones(()).expand(0, 256), kind)
+    assert rows.shape == (0, row_bytes(256, kind, 4)) and rows.dtype == torch.uint8
+    assert decode(rows, kind, 256, torch.float32).shape == (0, 256)
+
+
 def test_a_tile_that_is_not_finite_arrives_as_nan():
     x = torch.ones(2, 256)
     x[0, 3], x[1, 200] = torch.inf, torch.nan

@@ -168,7 +168,7 @@ def test_layer_factors_scale_the_update():
 
 
 @pytest.mark.parametrize("moments", ["fp32", "bf16"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_state_round_trip_continues_bit_for_bit(dtype, moments):
     def steps(net, optimizer, seeds):
         for seed in seeds:
