@@ -189,7 +189,7 @@ def zeros(rounds: int) -> dict[str, float]:
     factors = {"random": (*kernels.quantize_tile(normal(m, k), column_major=True), *w)}
     factors["zeros"] = tuple(torch.zeros_like(t) for t in factors["random"])
     calls = {name: record(lambda f=f: kernels.fp8_gemm(*f)) for name, f in factors.items()}
-    return {name: 2 * m * n * k / median(t) / 1e12 for name, t in time_all(calls, rounds).items()}
+    return {name: 2 * m * n * k / median(t) / 1e12 for name, t in time_all(calls, 3 * rounds).items()}
 
 
 def adding() -> list[dict[str, Any]]:

@@ -52,15 +52,17 @@ def kernel_roofline(
 
 @styled
 def decode_heads(rows: Sequence[Mapping[str, float]], memory: float, peak: float) -> Figure:
-    """MLA decoding over the number of heads: the roof and what was measured, as TFLOP/s and as bytes/s of cache."""
+    """MLA decoding over the number of heads: the roof, the package's kernel and the plain one, as TFLOP/s and bytes/s."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(9.4, 3.4))
     heads = np.array([row["heads"] for row in rows], float)
     x = np.geomspace(heads[0] / 1.3, heads[-1] * 1.3, 100)
     each = rows[0]["intensity"] / rows[0]["heads"]  # FLOP a byte and head
     left.loglog(x, np.minimum(peak, x * each * memory) / 1e12, color=INK, label="roof")
-    left.loglog(heads, [row["rate"] for row in rows], "o-", color=BLUE, label="measured")
     right.semilogx(x, np.minimum(memory, peak / (x * each)) / 1e12, color=INK, label="roof")
-    right.semilogx(heads, [row["bytes_rate"] for row in rows], "o-", color=BLUE, label="measured")
+    for key, colour, label in (("plain_rate", ORANGE, "plain Triton"), ("rate", BLUE, "three roles")):
+        rates = np.array([row[key] for row in rows])
+        left.loglog(heads, rates, "o-", color=colour, label=label)
+        right.semilogx(heads, rates / each / heads, "o-", color=colour, label=label)
     left.set(ylabel="TFLOP/s")
     right.set(ylabel="TB/s of cache", ylim=(0, memory / 1e12 * 1.15))
     for ax in (left, right):

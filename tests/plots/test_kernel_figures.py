@@ -16,9 +16,10 @@ def test_roofline_puts_rings_on_the_roof_and_dots_where_it_was_measured():
 
 
 def test_decode_heads_draws_the_balance():
-    rows = [{"heads": h, "intensity": 2.0 * h, "rate": h, "bytes_rate": 0.5} for h in (8, 128)]
+    rows = [{"heads": h, "intensity": 2.0 * h, "rate": 1.5 * h, "plain_rate": h} for h in (8, 128)]
     left, right = kernels.decode_heads(rows, 1e12, 1e14).axes
-    assert left.lines[2].get_xdata()[0] == pytest.approx(50) and "50" in left.texts[0].get_text()
+    assert left.lines[3].get_xdata()[0] == pytest.approx(50) and "50" in left.texts[0].get_text()
+    assert [list(line.get_ydata()) for line in right.lines[1:3]] == [pytest.approx([0.5, 0.5]), pytest.approx([0.75, 0.75])]
     assert right.lines[0].get_ydata()[0] == pytest.approx(1) and right.lines[0].get_ydata()[-1] < 0.4
 
 
