@@ -46,6 +46,19 @@ def test_wrong_rows_are_named(lesson, mistake, hint):
     lesson.refuses("1", lambda *case: rows(*case, **{mistake: True}), hint)
 
 
+def test_rows_in_the_wrong_order_or_without_those_at_home_are_named(lesson):
+    def far_nodes_only(experts, home, n_experts, n_nodes, n_gpus):
+        ib, nvlink = rows(experts, home, n_experts, n_nodes, n_gpus)
+        on_node = n_gpus // n_nodes
+        for chosen, at in zip(experts.tolist(), home.tolist(), strict=True):
+            gpus = {e * n_gpus // n_experts for e in chosen} - {at}
+            nvlink -= sum(g // on_node == at // on_node for g in gpus)
+        return ib, nvlink
+
+    lesson.refuses("1", far_nodes_only, "in its own node a row goes over NVLink")
+    lesson.refuses("1", lambda *case: rows(*case)[::-1], "first between nodes")
+
+
 def test_any_other_rows_are_refused(lesson):
     lesson.refuses("1", lambda *case: (rows(*case)[0] + 1, rows(*case)[1]), "not equal")
 
@@ -66,7 +79,7 @@ def test_weights(lesson, capsys):
     (lambda tokens: [1.0] * len(tokens), "sum of four means"),
     (lambda tokens: [len(tokens) * s for s in shares(tokens)], "averaged"),
     (lambda tokens: [float(n) for n in tokens], "divided by all"),
-    (lambda tokens: shares(tokens)[::-1], "not the gradient"),
+    (lambda tokens: shares(tokens)[::-1], "not the gradient"), (lambda tokens: [1.0], "a weight for each rank"),
 ])  # fmt: skip
 def test_wrong_weights_are_named(lesson, wrong, hint):
     lesson.refuses("2", wrong, hint)
