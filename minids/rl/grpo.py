@@ -12,6 +12,7 @@ The minimum is pessimistic for both signs: it stops rewarding a ratio that has g
 enough (A < 0, rho < 1 - eps), and never hides a ratio that went the wrong way (A = -1, rho = 2 costs 2, not 1 + eps). KL_t
 is never negative, its mean over the policy's own samples is KL(pi || pi_ref), and its gradient at pi = pi_ref is zero.
 Before the first update rho = 1, and the loss above, apart from KL, is minus the mean advantage: zero. Its gradient is not.
+(R1 writes rho and KL for whole answers and no sum; by tokens, as here, is DeepSeekMath's equation 3.)
 
 What others changed, one switch each:
 
@@ -102,7 +103,8 @@ def group_advantages(rewards_QG: Tensor, std: Literal["population", "sample"] | 
     advantages_QG = rewards_QG - rewards_QG.mean(dim=1, keepdim=True)
     if std is not None:
         spread_Q1 = rewards_QG.std(dim=1, keepdim=True, correction=0 if std == "population" else 1)
-        advantages_QG = advantages_QG / spread_Q1.masked_fill(same_Q1, 1.0)
+        # A difference so small that its square is 0 has a spread of 0, too.
+        advantages_QG = advantages_QG / spread_Q1.masked_fill(same_Q1 | (spread_Q1 == 0), 1.0)
     return advantages_QG.masked_fill(same_Q1, 0.0)
 
 

@@ -148,6 +148,13 @@ def test_sums_that_differ_by_rounding_are_equal_and_others_are_not():
     assert advantages[1].tolist() == pytest.approx([-(3**-0.5), 3**0.5, -(3**-0.5), -(3**-0.5)], rel=1e-5)
 
 
+@pytest.mark.parametrize(("least", "dtype"), [(1e-300, torch.float64), (1e-30, torch.float32)])
+@pytest.mark.parametrize("std", ["population", "sample"])
+def test_differences_whose_squares_vanish_are_no_infinities(least, dtype, std):
+    found = group_advantages(torch.tensor([[least, 2 * least, 0.0]], dtype=dtype), std)
+    assert torch.isfinite(found).all() and found[0, 1] > 0 > found[0, 2]
+
+
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 1e7 + 0.7, 0.0])
 @pytest.mark.parametrize("std", ["population", "sample", None])
 def test_equal_rewards_give_exactly_nothing(value, std):
