@@ -7,7 +7,7 @@ where the blocks end; each is filled up to a multiple of 128 rows, so that a 128
 
 The simulated engine dequantises both operands and multiplies them in FP32 on the CPU, in BF16 on CUDA: there exactly
 what FP8 stores if the scale is a power of two (E4M3 has 4 significant bits, BF16 8), and rounded to 8 bits else. With
-``recipe.bits`` the sum itself is simulated too (minids/fp8/accumulate.py), with scales applied where V3's kernel does.
+``recipe.bits`` the sum itself is simulated too (minids/fp8/tensor_core.py), with scales applied where V3's kernel does.
 
 The real engine hands q and scales to minids.kernels, or, for one scale a tensor, to torch's own FP8 product with "fast
 accumulation", which is the tensor core's sum without promotion.

@@ -40,7 +40,7 @@ class Fp8Recipe:
     block: int = 128
     """Side of a group with scaling=block."""
     bits: int | None = None
-    """Simulated accumulator of so many bits (Hopper: 14); None: FP32. The simulated engine only, and slow."""
+    """Simulated accumulator of so many bits (Hopper: 14), cut every 32 products; None: FP32. Simulated only, slow."""
     promote_every: int | None = 128
     """Products after which such an accumulator is added to FP32; None: never."""
     engine: str = "auto"

@@ -70,6 +70,8 @@ class Recipe:
             low = 1 if field.name in positive else 0
             if not value >= low:  # also catches NaN
                 raise ValueError(f"Recipe.{field.name} = {value!r}: must be >= {low}")
+            if value == math.inf and not field.name.endswith("_until"):
+                raise ValueError(f"Recipe.{field.name} = {value!r}: must be finite")
         if self.batch_start > self.batch:
             raise ValueError(f"Recipe.batch_start = {self.batch_start}: must be at most batch = {self.batch}")
         order = ("constant_until", "cosine_until", "floor_until")

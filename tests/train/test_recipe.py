@@ -112,6 +112,7 @@ def test_rates_stay_inside_their_bounds_and_only_fall_after_the_warm_up(recipe):
     ({"batch": 0}, "batch = 0"), ({"batch_start": 40}, "batch_start = 40"), ({"peak_lr": math.nan}, "peak_lr = nan"),
     ({"peak_lr": -1.0}, "peak_lr = -1.0"), ({"warmup_steps": 10_000}, "warmup_steps = 10000"),
     ({"sequence_length": 0}, "sequence_length = 0"), ({"gamma": -0.1}, "gamma_value = -0.1"),
+    ({"peak_lr": math.inf, "warmup_steps": 0}, "peak_lr = inf: must be finite"),
 ])
 def test_impossible_recipes_are_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):
