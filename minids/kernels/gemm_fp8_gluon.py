@@ -20,8 +20,10 @@ registers of two: one product each, and the other consumers' products meanwhile.
 
 Scales come from shared memory, in which the producer's copies have put them, when they are needed. Loaded by the consumers
 they come late, and with a scale a row of B a thread would hold 64 of them. Threads read them, the tensor core reads the
-rest; the engine that copies knows nothing of threads' reads, and overwrites what is still being read unless a fence
-stands before the buffer is passed on.
+rest. The engine that copies knows nothing of threads' reads, which may be under way still when a buffer is passed on. So
+scales have twice as many places as operands have buffers: one is copied to again only STAGES products later, and two
+later products do not start before it was used, since they need the registers of what waits for it. (A fence before each
+buffer is passed on does as well, and costs 2%.)
 
 The problem, the equation and the floors are those of `fp8_gemm` and `grouped_fp8`, whose references are the specification.
 Hopper only (capability 9.x), not in Triton's CPU interpreter.
@@ -84,16 +86,18 @@ def _produce(copied, GROUP: gl.constexpr, STAGES: gl.constexpr, KIND: gl.constex
         _, a_row, b_row, _, _, begin, end = _tile_of(
             index, tiles_ptr, m_tiles, gl.cdiv(N, 128), M, N, K, E, GROUP, KIND, 64 * CONSUMERS)  # fmt: skip
         for k in range(begin, end):
-            stage = step % STAGES
-            mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+            stage, phase = step % STAGES, step // STAGES & 1
+            mbarrier.wait(empty.index(stage), phase ^ 1)
             mbarrier.expect(full.index(stage), 64 * CONSUMERS * (128 + 4) + 128 * (128 + 4 * B_ROWS))  # bytes
+            scales = stage + STAGES * phase
             for part in gl.static_range(CONSUMERS):
-                place, row = stage * CONSUMERS + part, a_row + part * 64
+                row, place = a_row + part * 64, stage * CONSUMERS + part
                 tma.async_copy_global_to_shared(a_desc, [row, k * 128], full.index(stage), a_buffers.index(place))
+                place = scales * CONSUMERS + part
                 tma.async_copy_global_to_shared(as_desc, [k, row], full.index(stage), as_buffers.index(place))
             tma.async_copy_global_to_shared(b_desc, [b_row, k * 128], full.index(stage), b_buffers.index(stage))
             if B_ROWS:
-                tma.async_copy_global_to_shared(bs_desc, [k, b_row], full.index(stage), bs_buffers.index(stage))
+                tma.async_copy_global_to_shared(bs_desc, [k, b_row], full.index(stage), bs_buffers.index(scales))
             step += 1
 
 
@@ -118,6 +122,7 @@ def _turn(total, a_buffers, b_buffers, as_buffers, bs_buffers, full, empty, b_sc
         b_ahead = gl.load(b_scales)
     for i in gl.static_range(COUNT):
         stage = (step + i) % STAGES
+        scales = stage + STAGES * ((step + i) // STAGES & 1)
         if i + 1 < COUNT:
             following = _start(a_buffers, b_buffers, full, step + i + 1, place, PART, STAGES, CONSUMERS)
             if not B_ROWS:
@@ -125,10 +130,10 @@ def _turn(total, a_buffers, b_buffers, as_buffers, bs_buffers, full, empty, b_sc
             product = warpgroup_mma_wait(1, deps=[ahead])  # the following one may run on
         else:
             product = warpgroup_mma_wait(0, deps=[ahead])
-        a_scale = as_buffers.index(stage * CONSUMERS + PART)._reinterpret(gl.float32, [64], FLAT)
+        a_scale = as_buffers.index(scales * CONSUMERS + PART)._reinterpret(gl.float32, [64], FLAT)
         a_scale = a_scale.load(gl.SliceLayout(1, layout))
         if B_ROWS:
-            b_scale = bs_buffers.index(stage)._reinterpret(gl.float32, [128], FLAT).load(gl.SliceLayout(0, layout))
+            b_scale = bs_buffers.index(scales)._reinterpret(gl.float32, [128], FLAT).load(gl.SliceLayout(0, layout))
             total = gl.inline_asm_elementwise(
                 "{ .reg .f32 t; mul.rn.f32 t, $1, $2; fma.rn.f32 $0, t, $3, $4; }", "=f,f,f,f,f",
                 [product, a_scale[:, None], b_scale[None, :], total], dtype=gl.float32, is_pure=False, pack=1)
@@ -136,8 +141,7 @@ def _turn(total, a_buffers, b_buffers, as_buffers, bs_buffers, full, empty, b_sc
             total = gl.inline_asm_elementwise(
                 "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [product, (a_scale * b_ahead)[:, None], total],
                 dtype=gl.float32, is_pure=False, pack=1)
-        fence_async_shared()  # the scales have been read: without it their loads may still be under way when copies arrive
-        mbarrier.arrive(empty.index(stage), count=1)
+        mbarrier.arrive(empty.index(stage), count=1)  # scales: see above
         if i + 1 < COUNT:
             ahead, place = following, product
             if not B_ROWS:
@@ -191,8 +195,8 @@ def _gemm(a_desc, b_desc, as_desc, bs_desc, c_desc, b_scale_ptr, tiles_ptr, tile
           TURN: gl.constexpr):
     a_buffers = gl.allocate_shared_memory(a_desc.dtype, [STAGES * CONSUMERS, 64, 128], a_desc.layout)
     b_buffers = gl.allocate_shared_memory(b_desc.dtype, [STAGES, 128, 128], b_desc.layout)
-    as_buffers = gl.allocate_shared_memory(gl.float32, [STAGES * CONSUMERS, 1, 64], as_desc.layout)
-    bs_buffers = gl.allocate_shared_memory(gl.float32, [STAGES if B_ROWS else 1, 1, 128], bs_desc.layout)
+    as_buffers = gl.allocate_shared_memory(gl.float32, [2 * STAGES * CONSUMERS, 1, 64], as_desc.layout)
+    bs_buffers = gl.allocate_shared_memory(gl.float32, [2 * STAGES if B_ROWS else 1, 1, 128], bs_desc.layout)
     c_buffers = gl.allocate_shared_memory(c_desc.dtype, [CONSUMERS, 64, 128], c_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
