@@ -29,7 +29,8 @@ all the same. And the lists of one pipeline, with the messages between its stage
 one sequence. A rank can be late, but the one that is furthest behind waits for nobody.
 
 Simplifications: a rank draws its stages' experts whole for a moment, and keeps its own; a checkpoint is gathered on rank 0;
-the two halves of an overlapped pair run one after the other (torch_engine.py).
+the two halves of an overlapped pair run one after the other (torch_engine.py). With --fp8 routed experts' gradients differ
+from those of one process by FP8's rounding, since the 128 tokens that share a scale are others; nothing else does.
 
 Shapes: B rows.
 """

@@ -81,6 +81,22 @@ class _CopyRows(torch.autograd.Function):
         return sum_rows(d_MD, ctx.saved_tensors[0], ctx.n), None
 
 
+class _InStep(torch.autograd.Function):
+    """x -> x, behind the last all-to-all of a layer. Where activations are recomputed, that begins when backward asks for
+    the first saved tensor, and ends with the last one. A rank without rows saves none between its all-to-alls: it would
+    begin and end elsewhere than the others. This tensor, of no numbers, is the last saved and first asked for on all."""
+
+    @staticmethod
+    def forward(ctx, x_ND: Tensor) -> Tensor:
+        ctx.save_for_backward(x_ND.new_empty(0))
+        return x_ND.view_as(x_ND)
+
+    @staticmethod
+    def backward(ctx, d_ND: Tensor):
+        _ = ctx.saved_tensors
+        return d_ND
+
+
 class _Sharded:
     """Before a kind of experts in the list of bases: rows come from the expert group, and go back to it."""
 
@@ -95,7 +111,7 @@ class _Sharded:
             x_ND = x_ND.to(torch.get_autocast_dtype(device))
         arrived = self.road.send(x_ND, routing.weights.float(), routing.indices)
         y_RD = self._run(arrived.x_RD, arrived.gates_RK, arrived.experts_RK - self.held.start)
-        out = arrived.back(y_RD)
+        out = _InStep.apply(arrived.back(y_RD))
         return out if torch.is_autocast_enabled(device) else out.to(own)
 
     def _run(self, x_RD: Tensor, gates_RK: Tensor, local_RK: Tensor) -> Tensor:
@@ -179,8 +195,9 @@ def is_expert(name: str) -> bool:
 
 
 def tally_of(model: Transformer) -> Tally:
-    """What this rank has sent since the model was sharded (or `Tally.clear`): one of all layers."""
-    return moe_layers(model)[0].experts.road.tally
+    """What this rank has sent since the model was sharded (or `Tally.clear`): one of all layers; an empty one if it has
+    none with experts."""
+    return next((moe.experts.road.tally for moe in moe_layers(model)), Tally())
 
 
 @torch.no_grad()

@@ -214,9 +214,10 @@ class Stage(Transformer):
         self.piece, self.config, self.balancer = piece, config, balancer
         self.current = 0
         # torch's weight backward frees the graph behind each use of a parameter, and cannot when one use of the embedding
-        # lies behind another: a chain of two MTP modules, or one and a tied head. Such a stage runs all its backward as I.
+        # lies behind another: a chain of two MTP modules, or one and a tied head. And it would run each block again for
+        # every one of its weights, where activations are recomputed. Such a stage runs all its backward as I.
         uses = self.cfg.num_nextn_predict_layers + self.cfg.tie_word_embeddings
-        self.splits = not (piece.is_last and uses > 1)
+        self.splits = not (config.recompute or (piece.is_last and uses > 1))
         self.begin([], 0.0, 1.0)
 
     def begin(self, feed: list[MicroBatch], mtp_lambda: float, scale: float) -> None:

@@ -100,6 +100,17 @@ def test_micro_batches_of_two_rows_and_recomputation():
     agree(on_threads(config=config), in_one(config))
 
 
+def test_recomputation_where_a_rank_has_no_rows():
+    """Two of four ranks; and no shared expert, whose products behind the all-to-alls would keep all ranks in step."""
+    config, cfg = train_config(micro_batch=2, recompute=True), tiny_config(3, n_shared_experts=0)
+    one = OneProcess(cfg, config, torch.float64)
+    for gate in one.model.routers():
+        gate.e_score_correction_bias[:2] += 5  # the two of rank 0
+    found = on_threads(model=copy.deepcopy(one.model), config=config)
+    agree(found, steps(one, batches(0, cfg.vocab_size)))
+    assert found["first"].loads[:, 4:].sum() == 0
+
+
 def test_fp8_rows_are_one_process_that_quantises_its_rows():
     wire = Wire("fp8", "exact")
     wanted = on_threads(Layout(1), wire=wire)
