@@ -51,6 +51,16 @@ def plan_slots(
     return _plan(indices, experts, multiple)
 
 
+def count_choices(indices: Tensor, experts: int) -> Tensor:
+    """How often each expert was chosen, (E,) int64: the first of the three kernels below and a sum."""
+    (n, k), power = indices.shape, 1 << (experts - 1).bit_length()
+    tokens = max(1, min(32, 2048 // power))
+    counts = indices.new_empty((cdiv(n, tokens), experts), dtype=torch.int32)
+    if n:
+        _count[(len(counts),)](indices, counts, n, experts, k, tokens, power, num_warps=4)
+    return counts.sum(0)
+
+
 def slots_for(choices: int, experts: int, multiple: int) -> int:
     """M: the most slots that there can be."""
     return (choices + experts * (multiple - 1)) // multiple * multiple

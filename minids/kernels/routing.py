@@ -6,12 +6,22 @@
 
     ds_k = (scale dw_k - sum_j dw_j w_j) / sum of the K chosen s        d logits = (ds + d scores) s (1 - s)
 
-The problem: as torch operations this reads and writes (N, E) a dozen times and sorts twice. Here a program keeps the
-scores of a few tokens in registers, and K times takes the largest and strikes it out. Equal choices: the lower index. It
-also counts what each expert got; backward is one pass, too.
+The problem: as torch operations this reads and writes (N, E) a dozen times and sorts twice. Here a program keeps a few
+tokens in registers and reads them once. What costs time is the choice: K rounds of the largest, each of which looks at all
+that is left. So the groups that stay are laid over each other, and a list of TOPK_GROUP experts, one of each, is sorted at
+every place; a round looks at the heads of the lists, and only the list whose head won moves up:
 
-Floors: logits read, scores written, 8 N E bytes, and the chosen ones; backward 12 N E at most. Operations: about 3 (K + 4)
-N E comparisons, which is where the time goes: K rounds of the largest, one after the other.
+    place            0   1   2  ...  E / G - 1
+    heads           .9  .7  .8         .3             the largest of these is chosen, and its list moves up
+    behind them     .4  .6  .1         .2
+
+Keys are integers that order like the choices; equal ones: the lower index. What each expert got is counted afterwards, from
+the indices: thousands of programs that add to 64 numbers wait for each other longer than all of this takes. Backward is one
+pass, too.
+
+Floors: logits read, scores written, 8 N E bytes, and the chosen ones; backward 12 N E at most. For 8,192 tokens and 256
+experts that is 4 us, and a copy of as many bytes takes 9.5 us, half of it to start and end; the choice adds 6, about 440
+instructions of a warp a token.
 
 Shapes: N tokens, E experts (a power of two), G groups, K chosen.
 """
@@ -20,6 +30,9 @@ import torch
 from torch import Tensor
 
 from minids.kernels.backend import cdiv, check, check_shape, choose, jit, registered, tl
+from minids.kernels.dispatch import count_choices
+
+LOWEST = tl.constexpr(-(2**31))  # below every key
 
 
 def router(
@@ -60,7 +73,7 @@ def router(
     else:
         if e & (e - 1):
             raise ValueError(f"logits: got {e} experts, expected a power of two")
-        weights, indices, scores, load = _router_op(logits, bias, n_group, topk_group, k, scale)
+        weights, indices, scores, load = _router_op(logits, bias, n_group, topk_group, k, scale, with_load)
     return (weights, indices, scores, load) if with_load else (weights, indices, scores)
 
 
@@ -80,121 +93,185 @@ def reference(
 # ---- Triton ----
 
 
+@jit
+def _two_best(a1, a2, b1, b2):
+    """The two largest of two pairs, each in descending order."""
+    return tl.maximum(a1, b1), tl.maximum(tl.minimum(a1, b1), tl.maximum(a2, b2))
+
+
+@jit
+def _orderable(x):
+    """An integer that orders like x: the machine finds the largest integer of 32 threads in one instruction."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@jit
+def _rooms(group_scores, GROUPS: tl.constexpr, KEPT: tl.constexpr):
+    """Where each group goes among those that are kept, in the order of the groups; GROUPS where it is not. A group's rank
+    is the number of those before it."""
+    rooms, room = (), tl.zeros_like(group_scores[0]).to(tl.int32)
+    for g in tl.static_range(GROUPS):
+        rank = tl.zeros_like(room)
+        for h in tl.static_range(GROUPS):
+            if h < g:
+                rank += (group_scores[h] >= group_scores[g]).to(tl.int32)
+            if h > g:
+                rank += (group_scores[h] > group_scores[g]).to(tl.int32)
+        rooms = rooms + (tl.where(rank < KEPT, room, GROUPS),)
+        room += (rank < KEPT).to(tl.int32)
+    return rooms
+
+
+@jit
+def _insert(keys, experts, key, expert, LENGTH: tl.constexpr):
+    """Each thread's list, in descending order, with one more; behind its equals."""
+    longer, longer_experts = (), ()
+    here = tl.zeros_like(key) != 0
+    for j in tl.static_range(LENGTH):
+        here = here | (key > keys[j])  # once the place is found, all others move up
+        longer = longer + (tl.where(here, key, keys[j]),)
+        longer_experts = longer_experts + (tl.where(here, expert, experts[j]),)
+        key, expert = tl.where(here, keys[j], key), tl.where(here, experts[j], expert)
+    return longer + (key,), longer_experts + (expert,)
+
+
+@jit
+def _pop(lists, won, last, LENGTH: tl.constexpr):
+    """The lists without their heads where those have won."""
+    shorter = ()
+    for j in tl.static_range(LENGTH - 1):
+        shorter = shorter + (tl.where(won, lists[j + 1], lists[j]),)
+    return shorter + (tl.where(won, last, lists[LENGTH - 1]),)
+
+
 @jit(varying=("N",))
-def _router(logits_ptr, bias_ptr, weights_ptr, indices_ptr, scores_ptr, load_ptr, N, scale,
-            E: tl.constexpr, G: tl.constexpr, TOPK_GROUP: tl.constexpr, K: tl.constexpr, K_POWER: tl.constexpr,
+def _router(logits_ptr, bias_ptr, weights_ptr, indices_ptr, scores_ptr, N, scale,
+            E: tl.constexpr, PIECES: tl.constexpr, KEPT: tl.constexpr, K: tl.constexpr, K_POWER: tl.constexpr,
             ROWS: tl.constexpr):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    expert = tl.arange(0, E)
-    at, mask = row[:, None] * E + expert[None, :], row[:, None] < N
-    scores = 1.0 / (1.0 + tl.exp(-tl.load(logits_ptr + at, mask=mask, other=0.0)))
-    tl.store(scores_ptr + at, scores, mask=mask)
-    choice = scores + tl.load(bias_ptr + expert)[None, :]
+    inside, member = row[:, None] < N, tl.arange(0, E // PIECES)
+    pieces, group_scores = (), ()
+    for g in tl.static_range(PIECES):
+        expert = g * (E // PIECES) + member
+        at = row[:, None] * E + expert[None, :]
+        scores = 1.0 / (1.0 + tl.exp(-tl.load(logits_ptr + at, mask=inside, other=0.0)))
+        tl.store(scores_ptr + at, scores, mask=inside)
+        choice = scores + tl.load(bias_ptr + expert)[None, :]
+        pieces = pieces + (_orderable(choice),)
+        if KEPT < PIECES:
+            best, second = tl.reduce((choice, tl.full(choice.shape, float("-inf"), tl.float32)), 1, _two_best)
+            group_scores = group_scores + (best + second,)
 
-    # The sum of the two best of each group: the best, and the best of what is left when its first place is struck out.
-    groups = tl.reshape(choice, (ROWS, G, E // G))
-    place = tl.arange(0, E // G)[None, None, :]
-    first = tl.argmax(groups, axis=2)
-    rest = tl.where(place == first[:, :, None], float("-inf"), groups)
-    group_scores = tl.max(groups, axis=2) + tl.max(rest, axis=2)
-
-    kept = tl.zeros((ROWS, G), dtype=tl.int32)
-    group = tl.arange(0, G)[None, :]
-    for _ in tl.static_range(TOPK_GROUP):
-        best = group == tl.argmax(group_scores, axis=1)[:, None]
-        kept = tl.where(best, 1, kept)
-        group_scores = tl.where(best, float("-inf"), group_scores)
-    choice = tl.reshape(tl.where(kept[:, :, None] == 1, groups, float("-inf")), (ROWS, E))
+    if KEPT < PIECES:
+        rooms = _rooms(group_scores, PIECES, KEPT)
+    keys, experts = (), ()
+    for room in tl.static_range(KEPT):
+        key, start = pieces[room], tl.full((ROWS,), room * (E // PIECES), tl.int32)
+        for g in tl.static_range(room + 1, room + 1 + PIECES - KEPT):  # who may be there if it is not the group itself
+            moved = rooms[g] == room
+            key, start = tl.where(moved[:, None], pieces[g], key), tl.where(moved, g * (E // PIECES), start)
+        keys, experts = _insert(keys, experts, key, start[:, None] + member[None, :], room)
 
     slot = tl.arange(0, K_POWER)[None, :]
-    chosen = tl.zeros((ROWS, K_POWER), dtype=tl.float32)
-    indices = tl.zeros((ROWS, K_POWER), dtype=tl.int64)
-    load = tl.zeros((ROWS, E), dtype=tl.int32)
+    indices = tl.zeros((ROWS, K_POWER), dtype=tl.int32)
     for i in tl.static_range(K):
-        index = tl.argmax(choice, axis=1)
-        struck = expert[None, :] == index[:, None]
-        value = tl.sum(tl.where(struck, scores, 0.0), axis=1)
-        chosen = tl.where(slot == i, value[:, None], chosen)
-        indices = tl.where(slot == i, index[:, None].to(tl.int64), indices)
-        choice = tl.where(struck, float("-inf"), choice)
-        load += (struck & mask).to(tl.int32)
-    load = tl.sum(load, axis=0)
-    tl.atomic_add(load_ptr + expert, load.to(tl.int64), mask=load > 0)  # integers: their order changes nothing
+        best = tl.max(keys[0], axis=1)
+        index = tl.min(tl.where(keys[0] == best[:, None], experts[0], E), axis=1)
+        indices = tl.where(slot == i, index[:, None], indices)
+        won = experts[0] == index[:, None]
+        keys, experts = _pop(keys, won, LOWEST, KEPT), _pop(experts, won, E, KEPT)
+
+    mask = inside & (slot < K)
+    chosen = tl.load(logits_ptr + row[:, None] * E + indices, mask=mask, other=float("-inf"))
+    chosen = 1.0 / (1.0 + tl.exp(-chosen))
     weights = scale * chosen / (tl.sum(chosen, axis=1)[:, None] + 1e-20)
-    out, mask = row[:, None] * K + slot, mask & (slot < K)
+    out = row[:, None] * K + slot
     tl.store(weights_ptr + out, weights, mask=mask)
-    tl.store(indices_ptr + out, indices, mask=mask)
+    tl.store(indices_ptr + out, indices.to(tl.int64), mask=mask)
 
 
 @jit(varying=("N",))
 def _backward(d_weights_ptr, d_scores_ptr, weights_ptr, indices_ptr, scores_ptr, out_ptr, N, scale,
-              E: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, WEIGHTS: tl.constexpr, SCORES: tl.constexpr):
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    expert = tl.arange(0, E)[None, :]
-    at, inside = row[:, None] * E + expert, row < N
-    mask = inside[:, None]
-    scores = tl.load(scores_ptr + at, mask=mask, other=0.0)
-    d = tl.zeros((ROWS, E), dtype=tl.float32)
+              E: tl.constexpr, K: tl.constexpr, K_POWER: tl.constexpr, ROWS: tl.constexpr, WEIGHTS: tl.constexpr,
+              SCORES: tl.constexpr):
+    """All experts as if none had been chosen; then those that were once more."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    at, d = row * E + tl.arange(0, E)[None, :], tl.zeros((ROWS, E), tl.float32)
     if SCORES:
-        d = tl.load(d_scores_ptr + at, mask=mask, other=0.0)
+        scores = tl.load(scores_ptr + at, mask=row < N, other=0.0)
+        d = tl.load(d_scores_ptr + at, mask=row < N, other=0.0) * scores * (1.0 - scores)
+    tl.store(out_ptr + at, d, mask=row < N)
     if WEIGHTS:
-        chosen, inner = tl.zeros((ROWS,), dtype=tl.float32), tl.zeros((ROWS,), dtype=tl.float32)
-        for k in tl.static_range(K):
-            index = tl.load(indices_ptr + row * K + k, mask=inside, other=0).to(tl.int32)
-            chosen += tl.sum(tl.where(expert == index[:, None], scores, 0.0), axis=1)
-            d_weight = tl.load(d_weights_ptr + row * K + k, mask=inside, other=0.0)
-            inner += d_weight * tl.load(weights_ptr + row * K + k, mask=inside, other=0.0)
-        for k in tl.static_range(K):
-            index = tl.load(indices_ptr + row * K + k, mask=inside, other=0).to(tl.int32)
-            d_weight = tl.load(d_weights_ptr + row * K + k, mask=inside, other=0.0)
-            d_chosen = (scale * d_weight - inner) / (chosen + 1e-20)
-            d += tl.where(expert == index[:, None], d_chosen[:, None], 0.0)
-    tl.store(out_ptr + at, d * scores * (1.0 - scores), mask=mask)
+        slot = tl.arange(0, K_POWER)[None, :]
+        mask = (row < N) & (slot < K)
+        at = row * K + slot
+        d_weights = tl.load(d_weights_ptr + at, mask=mask, other=0.0)
+        inner = tl.sum(d_weights * tl.load(weights_ptr + at, mask=mask, other=0.0), axis=1)[:, None]
+        at = row * E + tl.load(indices_ptr + at, mask=mask, other=0)
+        chosen = tl.load(scores_ptr + at, mask=mask, other=0.0)
+        d = (scale * d_weights - inner) / (tl.sum(chosen, axis=1)[:, None] + 1e-20)
+        if SCORES:
+            d += tl.load(d_scores_ptr + at, mask=mask, other=0.0)
+        tl.debug_barrier()  # the zeros or sums that other threads wrote there come first
+        tl.store(out_ptr + at, d * chosen * (1.0 - chosen), mask=mask)
 
 
-def _tokens(e: int) -> tuple[int, int]:
-    """Tokens and warps of a program, from a sweep on an H200: one warp with a token's scores asks no other."""
-    return (1, 1) if e >= 256 else (16, 4)
+def _tokens(n: int, e: int) -> tuple[int, int]:
+    """Tokens and warps of a program, from a sweep on an H200. Four tokens a warp take the fewest instructions."""
+    return (16, 4) if n > 2048 else (4, 1)
+
+
+def _pieces(e: int, n_group: int, topk_group: int) -> tuple[int, int]:
+    """Pieces of a token's experts that a thread keeps apart, and how many stay: the groups, if some of them go."""
+    return (n_group, topk_group) if topk_group < n_group else (min(8, max(1, e // 32)),) * 2
 
 
 @registered("router")
 def _router_op(
-    logits: Tensor, bias: Tensor, n_group: int, topk_group: int, k: int, scale: float
+    logits: Tensor, bias: Tensor, n_group: int, topk_group: int, k: int, scale: float, count: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, e = logits.shape
-    weights, indices, scores, load = found = _empty(logits, k)
-    load.zero_()
+    weights, indices, scores, load = _empty(logits, k, count)
     if n:
-        k_power, (rows, warps) = 1 << (k - 1).bit_length(), _tokens(e)
+        rows, warps = _tokens(n, e)
         _router[(cdiv(n, rows),)](
-            logits, bias, weights, indices, scores, load, n, scale, e, n_group, topk_group, k, k_power, rows,
+            logits, bias, weights, indices, scores, n, scale, e, *_pieces(e, n_group, topk_group), k, power_of_two(k), rows,
             num_warps=warps,
         )  # fmt: skip
-    return found
+    if count:
+        load = count_choices(indices, e)
+    return weights, indices, scores, load
 
 
 @registered("router_backward")
 def _router_backward(
     d_weights: Tensor | None, d_scores: Tensor | None, weights: Tensor, indices: Tensor, scores: Tensor, scale: float
 ) -> Tensor:
-    (n, e), out, rows = scores.shape, scores.new_empty(scores.shape), 8
+    (n, e), k, out = scores.shape, indices.shape[1], scores.new_empty(scores.shape)
+    rows, warps = _tokens(n, e)
     if n:
         _backward[(cdiv(n, rows),)](
             scores if d_weights is None else d_weights, scores if d_scores is None else d_scores, weights, indices, scores,
-            out, n, scale, e, indices.shape[1], rows, d_weights is not None, d_scores is not None, num_warps=4,
+            out, n, scale, e, k, power_of_two(k), rows, d_weights is not None, d_scores is not None, num_warps=warps,
         )  # fmt: skip
     return out
 
 
-def _empty(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def power_of_two(k: int) -> int:
+    """The next one, which `tl.arange` wants."""
+    return 1 << (k - 1).bit_length()
+
+
+def _empty(logits: Tensor, k: int, count: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, e = logits.shape
-    indices, load = logits.new_empty((n, k), dtype=torch.int64), logits.new_empty(e, dtype=torch.int64)
+    indices, load = logits.new_empty((n, k), dtype=torch.int64), logits.new_empty(e if count else 0, dtype=torch.int64)
     return logits.new_empty((n, k)), indices, logits.new_empty(logits.shape), load
 
 
 @_router_op.register_fake
-def _(logits, bias, n_group, topk_group, k, scale):
-    return _empty(logits, k)
+def _(logits, bias, n_group, topk_group, k, scale, count):
+    return _empty(logits, k, count)
 
 
 @_router_backward.register_fake
@@ -204,7 +281,7 @@ def _(d_weights, d_scores, weights, indices, scores, scale):
 
 def _save(ctx, inputs, output):
     weights, indices, scores, load = output
-    ctx.scale = inputs[-1]
+    ctx.scale = inputs[5]
     ctx.save_for_backward(weights, indices, scores)
     ctx.mark_non_differentiable(indices, load)
     ctx.set_materialize_grads(False)
@@ -213,8 +290,8 @@ def _save(ctx, inputs, output):
 def _gradients(ctx, d_weights: Tensor | None, _, d_scores: Tensor | None, __):
     d_weights, d_scores = (None if d is None else d.contiguous() for d in (d_weights, d_scores))
     if d_weights is None and d_scores is None:
-        return None, None, None, None, None, None
-    return _router_backward(d_weights, d_scores, *ctx.saved_tensors, ctx.scale), None, None, None, None, None
+        return (None,) * 7
+    return _router_backward(d_weights, d_scores, *ctx.saved_tensors, ctx.scale), *(None,) * 6
 
 
 _router_op.register_autograd(_gradients, setup_context=_save)

@@ -5,7 +5,7 @@ import torch
 from numbers_ import error, tame
 
 from minids import ModelConfig
-from minids.kernels import cross_entropy_, linear_cross_entropy, rms_norm, rms_norm_residual, router
+from minids.kernels import cross_entropy_, linear_cross_entropy, rms_norm, rms_norm_residual, router, routing
 from minids.model.router import Gate
 
 BF16 = torch.bfloat16
@@ -79,8 +79,10 @@ def logits_of(n, e, device):
     return (places / e * 8 - 4 + torch.rand(n, e, generator=generator) / e).to(device)
 
 
-@pytest.mark.parametrize("sizes", [(16, 4, 2, 3), (8, 1, 1, 8), (64, 8, 4, 8), (256, 8, 4, 8)], ids=str)
-def test_router_is_the_models(where, sizes):
+@pytest.mark.parametrize("program", [(4, 1), (16, 4)], ids=str)
+@pytest.mark.parametrize("sizes", [(16, 4, 2, 3), (8, 1, 1, 8), (64, 8, 4, 8), (256, 8, 4, 8), (256, 1, 1, 8)], ids=str)
+def test_router_is_the_models(where, sizes, program, monkeypatch):
+    monkeypatch.setattr(routing, "_tokens", lambda n, e: program)
     backend, device = where
     e, n_group, topk_group, k = sizes
     cfg = ModelConfig.preset("toy", n_routed_experts=e, n_group=n_group, topk_group=topk_group, num_experts_per_tok=k)
@@ -126,13 +128,30 @@ def test_router_with_one_of_its_gradients(where, used):
     torch.testing.assert_close(made.grad, expected.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_router_of_equal_scores_takes_the_first(kernel):
-    weights, indices, _ = router(
-        torch.zeros(3, 16, device=kernel), torch.zeros(16, device=kernel), n_group=4, topk_group=2, k=3, scale=2.5,
-        backend="triton",
-    )  # fmt: skip
-    assert indices.tolist() == [[0, 1, 2]] * 3
-    torch.testing.assert_close(weights, torch.full_like(weights, 2.5 / 3))
+def first_of_equals(choice, n_group, topk_group, k):
+    """The indices (N, K), by stable sorts."""
+    groups = choice.unflatten(-1, (n_group, -1))
+    best = groups.topk(2, -1).values.sum(-1).sort(dim=-1, descending=True, stable=True).indices[:, :topk_group]
+    kept = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(-1, best, True)
+    order = groups.masked_fill(~kept[..., None], -torch.inf).flatten(-2).sort(dim=-1, descending=True, stable=True)
+    return order.indices[:, :k]
+
+
+@pytest.mark.parametrize("sizes", [(64, 8, 4, 8), (32, 16, 5, 7), (128, 1, 1, 8), (16, 4, 4, 3)], ids=str)
+@pytest.mark.parametrize("values", [1, 2, 4])
+def test_router_of_equal_choices_takes_the_first(kernel, sizes, values):
+    """Among experts and among groups: choices of one, two and four different values."""
+    e, n_group, topk_group, k = sizes
+    generator = torch.Generator().manual_seed(0)
+    bias = torch.zeros(e, device=kernel)
+    logits = torch.randint(0, values, (19, e), generator=generator).to(kernel, torch.float32)
+    weights, indices, scores, load = router(
+        logits, bias, n_group=n_group, topk_group=topk_group, k=k, scale=2.5, with_load=True, backend="triton"
+    )
+    assert torch.equal(indices, first_of_equals(scores, n_group, topk_group, k))
+    assert torch.equal(load, torch.bincount(indices.flatten(), minlength=e))
+    chosen = scores.gather(-1, indices)
+    torch.testing.assert_close(weights, 2.5 * chosen / chosen.sum(-1, keepdim=True))
 
 
 @pytest.mark.parametrize("vocabulary", [1, 7, 1000, 5000])
@@ -215,7 +234,7 @@ def test_registered(kernel):
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.minids.rms_norm.default, (x, weight, 1e-6), test_utils=checks)
     logits = logits_of(4, 16, kernel).requires_grad_()
-    args = (logits, torch.zeros(16, device=kernel), 4, 2, 3, 2.5)
+    args = (logits, torch.zeros(16, device=kernel), 4, 2, 3, 2.5, True)
     torch.library.opcheck(torch.ops.minids.router.default, args, test_utils=checks)
     weights, indices, scores, _ = (t.detach() for t in torch.ops.minids.router(*args))
     for d_weights, d_scores in ((weights, scores), (None, scores), (weights, None)):
