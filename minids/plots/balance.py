@@ -137,8 +137,13 @@ def gamma_sweep(result: dict) -> Figure:
         ax.set_xscale("log")
         ax.set_xlabel("gamma (log scale)")
         ax.set_ylabel(label)
-    axes[1].set_yscale("symlog", linthresh=0.1)
-    axes[0].legend()
+    axes[1].set_yscale("log")
+    axes[1].minorticks_off()
+    ticks = [0.25 * 2**k for k in range(6)]
+    low, high = axes[1].get_ylim()
+    shown = [tick for tick in ticks if low <= tick <= high]
+    axes[1].set_yticks(shown, [f"{tick:g}" for tick in shown])
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return fig
 
 
