@@ -5,12 +5,13 @@ import torch
 from torch import nn
 
 from minids import ModelConfig, Transformer
+from minids.model.balancer import Balancer
 from minids.pipeline import build_schedule
 from minids.pipeline.check import tiny_config
 from minids.pipeline.lower import Transfer, lower, needs
 from minids.pipeline.runtime import Placement, choose_micro_batches
 from minids.pipeline.schedules import NAMES
-from minids.pipeline.stages import Elsewhere, build_rank_model, split_layers
+from minids.pipeline.stages import Elsewhere, Stage, build_rank_model, split_layers
 from minids.pipeline.train import check
 from minids.train.settings import RecipeConfig, TrainConfig
 
@@ -56,6 +57,16 @@ def test_parts_have_the_weights_of_the_whole(dtype, tied):
             assert value.dtype == whole[name].dtype and torch.equal(value, whole[name]), name
             found[name] = value
     assert found.keys() == whole.keys()
+
+
+@pytest.mark.parametrize("recompute, mtp, splits", [(False, 1, [True] * 4), (False, 2, [True, True, True, False]),
+                                                    (True, 1, [False] * 4)])  # fmt: skip
+def test_backward_is_not_split_where_a_weight_would_run_the_block_again(recompute, mtp, splits):
+    """Or where one use of the embedding lies behind another, in the last stage."""
+    cfg, config = tiny_config(4, num_nextn_predict_layers=mtp), TrainConfig(pipeline="zb1p", recompute=recompute)
+    pieces = split_layers(cfg, 4)
+    model = build_rank_model(cfg, pieces, CPU, torch.float32)
+    assert [Stage(model, piece, config, Balancer.install(model)).splits for piece in pieces] == splits
 
 
 def test_one_rank_holds_both_ends_of_a_v_with_one_embedding():
