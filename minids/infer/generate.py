@@ -167,7 +167,9 @@ def row_seeds(seed: int | Sequence[int], rows: int) -> list[int]:
         if len(seed) != rows:
             raise ValueError(f"seed must be one integer or one a prompt: got {len(seed)} seeds for {rows} prompts")
         return list(seed)
-    return [seed] if not isinstance(seed, int) else [seed + row for row in range(rows)]
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        return [seed]  # which is refused as it stands
+    return [seed + row for row in range(rows)]
 
 
 def stop_tokens(tokens: int | Iterable[int] | None, vocab_size: int, name: str = "eos_token_id") -> frozenset[int]:

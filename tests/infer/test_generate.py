@@ -192,6 +192,7 @@ BAD = [
     (dict(top_p=1.5), ValueError, r"top_p must be in \(0, 1\].*got 1.5"),
     (dict(seed=-3), ValueError, "seed must be in .*got -3"),
     (dict(seed=0.5), TypeError, "seed must be an integer, got 0.5"),
+    (dict(seed=True), TypeError, "seed must be an integer, got True"),
     (dict(seed=[1, 2]), ValueError, "seed must be one integer or one a prompt: got 2 seeds for 1 prompts"),
     (dict(eos_token_id=61), ValueError, r"eos_token_id must be in 0 to 60 \(vocab_size\), got 61"),
 ]
