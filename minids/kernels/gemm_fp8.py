@@ -18,7 +18,8 @@ L2. The copy engine (TMA) brings both operands to shared memory, several steps a
 outside, so M and N are any numbers. Rows of A and B start at multiples of 16 bytes: K is one, or the rows are padded. Few
 tiles and a long K (decoding) are split along K, and a second kernel sums the parts.
 
-On Hopper, from 129 rows on, `gemm_fp8_gluon` computes the same 1.3 to 1.6 times as fast: there one program overlaps it.
+On Hopper, from 129 rows on, `gemm_fp8_gluon` computes the same 1.3 to 1.6 times as fast: there one program overlaps it. For
+few rows `gemm_fp8_few` does where its tiles fill the multiprocessors once or twice.
 
 Layout: A, B row-major E4M3; a_scale in either order (column-major is faster); C row-major.
 Shapes: M tokens, N output channels, K input channels.
@@ -182,6 +183,18 @@ def prefers_gluon(m: int, n: int, out_dtype: torch.dtype, device: torch.device) 
     return m > 128 and n * out_dtype.itemsize % 16 == 0 and capability(device)[0] == 9
 
 
+def prefers_few(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: torch.dtype, processors: int
+) -> bool:
+    """Whether the Gluon kernel for few rows runs: on Hopper, for a BF16 result, a scale a block of B and column-major
+    scales of A (others would be copied first), where it was faster on an H200: tiles for most multiprocessors, at most
+    two for each, and a K that is worth its beginning."""
+    (m, k), n = a.shape, len(b)
+    able = capability(a.device)[0] == 9 and out_dtype == torch.bfloat16 and n % 8 == 0
+    able = able and len(b_scale) != n and a_scale.stride(0) == 1
+    return able and m <= 128 and k >= 2048 and 0.75 * processors <= cdiv(m, 64) * cdiv(n, 64) <= 2 * processors
+
+
 def launch(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: torch.dtype, c: Config) -> Tensor:
     """The kernel with a given cut."""
     (m, k), n = a.shape, len(b)
@@ -207,7 +220,12 @@ def _fp8_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype:
         from minids.kernels import gemm_fp8_gluon
 
         return gemm_fp8_gluon.gemm(a, a_scale, b, b_scale, out_dtype)
-    config = config_for(len(a), len(b), a.shape[1], multiprocessors(a.device))
+    processors = multiprocessors(a.device)
+    if prefers_few(a, a_scale, b, b_scale, out_dtype, processors):
+        from minids.kernels import gemm_fp8_few
+
+        return gemm_fp8_few.gemm(a, a_scale, b, b_scale)
+    config = config_for(len(a), len(b), a.shape[1], processors)
     return launch(a, a_scale, b, b_scale, out_dtype, config)
 
 

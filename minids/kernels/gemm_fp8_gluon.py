@@ -283,13 +283,13 @@ def _launch(
     b_rows = b_scale.ndim == 2 and len(b_scale) == n
     tiles = m_tiles * cdiv(n, 128) * (e if kind == "wgrad" else 1)
     a_scale, out = as_column_major(a_scale), out.view(-1, n)
-    as_desc = _descriptor(a_scale.t(), 1, 64)
+    as_desc = descriptor(a_scale.t(), 1, 64)
     if b_rows:
         b_scale = as_column_major(b_scale)
-    bs_desc = _descriptor(b_scale.t(), 1, 128) if b_rows else as_desc
+    bs_desc = descriptor(b_scale.t(), 1, 128) if b_rows else as_desc
     b_stride_e = b_scale.stride(0) if kind == "grouped" else 0
     _gemm[(min(tiles, multiprocessors(a.device)),)](
-        _descriptor(a, 64, 128), _descriptor(b.view(-1, k), 128, 128), as_desc, bs_desc, _descriptor(out, 64, 128), b_scale,
+        descriptor(a, 64, 128), descriptor(b.view(-1, k), 128, 128), as_desc, bs_desc, descriptor(out, 64, 128), b_scale,
         tiles_of, tiles, m_tiles, m, n, k, e, b_stride_e, *b_scale.stride()[-2:],
         cut.group, cut.stages, kind, b_rows, cut.consumers, cut.turn, num_warps=4,
     )  # fmt: skip
@@ -302,6 +302,6 @@ def _layout(dtype: torch.dtype, rows: int, columns: int) -> gl.NVMMASharedLayout
     return gl.NVMMASharedLayout.get_default_for([rows, columns], GL_DTYPES[dtype])
 
 
-def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """For copies of (rows, columns) of a row-major matrix."""
     return TensorDescriptor.from_tensor(x, [rows, columns], _layout(x.dtype, rows, columns))

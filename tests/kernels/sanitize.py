@@ -78,13 +78,16 @@ def residual(normal: Callable[..., Tensor]) -> None:
 
 
 def fp8_products(normal: Callable[..., Tensor]) -> None:
-    """Forward, a scale a row on both sides, and K in parts."""
+    """Forward, a scale a row on both sides, K in parts, and few rows."""
     block = kernels.quantize_block(normal(200, 304))
     for rows in (37, 333):
         a = kernels.quantize_tile(normal(rows, 304), column_major=True)
         kernels.fp8_gemm(*a, *block)
         kernels.fp8_gemm(*a, *kernels.quantize_tile(normal(200, 304)), out_dtype=torch.float32)
     kernels.fp8_gemm(*kernels.quantize_tile(normal(64, 4096)), *kernels.quantize_block(normal(64, 4096)))
+    if block[0].is_cuda:  # few rows, and tiles for every multiprocessor of a Hopper GPU
+        a = kernels.quantize_tile(normal(121, 2048), column_major=True)
+        kernels.fp8_gemm(*a, *kernels.quantize_block(normal(7104, 2048)))
 
 
 def grouped_products(normal: Callable[..., Tensor], ends: Tensor) -> None:

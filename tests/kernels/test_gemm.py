@@ -8,6 +8,7 @@ from numbers_ import error, tame
 
 from minids import fp8
 from minids.kernels import fp8_gemm, gemm_fp8, quantize_block, quantize_tile
+from minids.kernels.backend import multiprocessors
 
 # Kernels multiply E4M3 exactly and sum in FP32; the tensor core keeps about 14 bits of a sum over 128.
 TOLERANCE = {"cpu": 1e-6, "cuda": 1e-3}
@@ -150,5 +151,36 @@ def test_every_row_every_time(k, rows):
     dtype = torch.float32 if rows else torch.bfloat16
     out = fp8_gemm(*args, out_dtype=dtype)
     assert all(torch.equal(fp8_gemm(*args, out_dtype=dtype), out) for _ in range(20))
+    expected = gemm_fp8.reference(*args)
+    assert ((out - expected).norm(dim=1) / expected.norm(dim=1)).max() < 5e-3
+
+
+@pytest.mark.parametrize(
+    ("shape", "chosen"),
+    [((128, 4096, 7168), True), ((121, 7168, 2048), True), ((64, 7168, 16384), True), ((64, 24576, 1536), False),
+     ((64, 4096, 7168), False), ((128, 4096, 1920), False), ((129, 4096, 7168), False)],
+)  # fmt: skip
+def test_choice_for_few_rows(monkeypatch, shape, chosen):
+    """On 132 multiprocessors: one or two tiles of 64 x 64 for each, and a long K."""
+    monkeypatch.setattr(gemm_fp8, "capability", lambda device: (9, 0))
+    m, n, k = shape
+    a, b = torch.empty(m, k, device="meta"), torch.empty(n, k, device="meta")
+    a_scale, b_scale = (torch.empty(k // 128, rows, device="meta").t() for rows in (m, n // 128))
+    assert gemm_fp8.prefers_few(a, a_scale, b, b_scale, torch.bfloat16, 132) == chosen
+    assert not gemm_fp8.prefers_few(a, a_scale, b, b_scale, torch.float32, 132)
+    assert not gemm_fp8.prefers_few(a, a_scale.contiguous(), b, b_scale, torch.bfloat16, 132)
+    assert not gemm_fp8.prefers_few(a, a_scale, b, torch.empty(n, k // 128), torch.bfloat16, 132)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("shape", [(128, 4096, 7168), (121, 7104, 2048), (64, 7168, 2192), (5, 8200, 16384)], ids=str)
+def test_few_rows(shape):
+    """Poisoned outputs: every element is written; every row is right; the same bits every time."""
+    args = factors(*shape, "cuda")
+    assert gemm_fp8.prefers_few(args[0], args[1], args[2], args[3], torch.bfloat16, multiprocessors(args[0].device))
+    torch.empty(64 << 20, device="cuda").fill_(torch.nan)
+    out = fp8_gemm(*args)
+    assert all(torch.equal(fp8_gemm(*args), out) for _ in range(20))
     expected = gemm_fp8.reference(*args)
     assert ((out - expected).norm(dim=1) / expected.norm(dim=1)).max() < 5e-3

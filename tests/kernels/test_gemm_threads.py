@@ -1,6 +1,8 @@
 """The FP8 products' Gluon kernel on the CPU (see `gluon_threads`): its sums and its barriers; and errors do show."""
 
+import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import gluon_threads
 import pytest
@@ -11,6 +13,7 @@ import minids.kernels
 from minids.kernels import gemm_fp8, grouped_fp8, quantize_block, quantize_tile, quantize_tile_t
 
 SOURCE = Path(minids.kernels.__file__).parent / "gemm_fp8_gluon.py"
+FEW = SOURCE.with_name("gemm_fp8_few.py")
 # Consumers, products a turn, buffers, rows of tiles in a group: each way through the kernel.
 CUTS = [(2, 4, 5, 8), (2, 8, 4, 1), (2, 2, 3, 8), (3, 1, 4, 2)]
 ENDS = [0, 256, 256, 1152, 1280]
@@ -29,6 +32,19 @@ def check_wgrad(kernels, cut, n=192):
     ends = torch.tensor(ENDS, dtype=torch.int32)
     out = kernels.grouped_wgrad(*dy, *x, ends, kernels.Cut(*cut))
     assert error(out, grouped_fp8.wgrad_reference(*dy, *x, ends)) < 1e-6
+
+
+def load_few(kernels, path):
+    with patch.dict(sys.modules, {"minids.kernels.gemm_fp8_gluon": kernels}):
+        return gluon_threads.load(path)
+
+
+def check_few(few, shape):
+    """Products are small: while the additions of one wait there are registers for five more. Still nothing may be lost."""
+    m, n, k = shape
+    a, b = quantize_tile(tame(m, k, "cpu"), column_major=True), quantize_block(tame(n, k, "cpu", 1))
+    with patch.object(gluon_threads, "BESIDES", 5):
+        assert error(few.gemm(*a, *b), gemm_fp8.reference(*a, *b)) < 4e-3
 
 
 @pytest.fixture(autouse=True)
@@ -105,3 +121,33 @@ def test_errors_show(tmp_path, monkeypatch, right, wrong, run, cut, message):
     path.write_text(source.replace(right, wrong))
     with pytest.raises(AssertionError, match=message):
         run(gluon_threads.load(path), cut)
+
+
+# Tiles for a multiprocessor each (of 4 pretended ones), for two each, and more; whole turns of products, and 1 to 3 left.
+@pytest.mark.parametrize("shape", [(128, 128, 2048), (121, 248, 1152), (64, 776, 1664), (1, 8, 896)], ids=str)
+def test_few_rows(kernels, shape):
+    check_few(load_few(kernels, FEW), shape)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "shape", "message"),
+    [
+        ("mbarrier.wait(empty.index(stage), phase ^ 1)", "pass", (64, 520, 1664),
+         "changed|is not there|too many|under way"),
+        ("scales = as_buffers.index(stage + STAGES * phase)", "scales = as_buffers.index(stage)", (64, 520, 1664),
+         "a read may be under way"),
+        ("mbarrier.wait(full.index(stage), step // STAGES & 1)", "pass", (128, 128, 2048), "is not there"),
+        ("b_scales + (i + 1) * b_stride_k", "b_scales + i * b_stride_k", (128, 128, 2048), "assert"),
+        ("b_row // 128 * b_stride_n", "b_row // 64 * b_stride_n", (64, 128, 512), "assert|index"),
+        ("range(end % TURN)", "range(0)", (1, 8, 896), "assert"),
+    ],
+    ids=["race", "reads under way", "not there yet", "next block's scale", "another column's scale", "steps left out"],
+)  # fmt: skip
+def test_errors_show_for_few_rows(kernels, tmp_path, monkeypatch, right, wrong, shape, message):
+    monkeypatch.setattr(gluon_threads, "LIMIT", 2.0)
+    source = FEW.read_text()
+    assert source.count(right) == 1
+    path = tmp_path / "broken.py"
+    path.write_text(source.replace(right, wrong))
+    with pytest.raises((AssertionError, IndexError), match=message):
+        check_few(load_few(kernels, path), shape)
