@@ -15,7 +15,9 @@ row is D + D/128 bytes and one all-to-all is enough:
 
 Powers of two are there so that nothing is lost twice: q 2^e is a BF16 number, for 4 significant bits fit into 8, and
 quantising it again into 1 x 128 tiles with powers of two gives the same numbers. So what arrives may be handled as plain
-BF16 by code that knows nothing of FP8, and an FP8 linear there re-creates the very q that were sent.
+BF16 by code that knows nothing of FP8, and an FP8 linear there multiplies the very numbers that were sent.
+
+This is the plain form, in torch operations; minids/fp8/rows.py makes the same rows by one kernel, for real wires.
 
 `there` and `back` are any two functions that move rows (n, bytes) between ranks and are each other's inverse, for example
 `torch.distributed.all_to_all_single` with its splits exchanged. All rows cross as uint8: gloo moves no float8.

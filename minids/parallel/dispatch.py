@@ -32,12 +32,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minids import kernels
-from minids.fp8.quantize import BLOCK, dequantize
+from minids.fp8 import rows as fp8_rows
 from minids.parallel.peers import Peers, Tally
 
 KINDS = ("exact", "bf16", "fp8")
-ALIGN = 16  # bytes: rows that start elsewhere are sent and copied at half the speed
 
 
 @dataclass(frozen=True)
@@ -58,40 +56,26 @@ class Wire:
 
 
 def row_bytes(hidden: int, kind: str, itemsize: int) -> int:
-    """Bytes of a row on the wire. In FP8 a byte a number and a byte a tile, filled up to a multiple of ALIGN."""
-    if kind != "fp8":
-        return hidden * (2 if kind == "bf16" else itemsize)
-    return -(-(hidden + -(-hidden // BLOCK)) // ALIGN) * ALIGN
+    """Bytes of a row on the wire."""
+    return fp8_rows.row_bytes(hidden) if kind == "fp8" else hidden * (2 if kind == "bf16" else itemsize)
 
 
-def encode(x: Tensor, kind: str) -> Tensor:
-    """Rows (T, D) as bytes, (T, b) uint8. In FP8 the same bytes as `minids.fp8.dispatch.pack` and zeros behind, but a tile
-    that is not finite becomes NaN: the loss will tell."""
+def encode(x: Tensor, kind: str, source_S: Tensor | None = None) -> Tensor:
+    """Rows (T, D) as bytes, (T, b) uint8; with ``source`` rows x[source], (S, b). In FP8 the same bytes as
+    `minids.fp8.dispatch.pack` and zeros behind, but a tile that is not finite becomes NaN: the loss will tell."""
     if not len(x):  # torch takes a tensor without rows for contiguous, whatever its strides are
         return torch.empty(0, row_bytes(x.shape[1], kind, x.element_size()), dtype=torch.uint8, device=x.device)
-    if kind != "fp8":
-        return (x.to(torch.bfloat16) if kind == "bf16" else x).contiguous().view(torch.uint8)
-    q, scale_inv = kernels.quantize_tile((x.float() if x.dtype == torch.float64 else x).contiguous(), scale="ue8m0")
-    (n, hidden), tiles = x.shape, scale_inv.shape[1]
-    rows = torch.zeros(n, row_bytes(hidden, kind, 1), dtype=torch.uint8, device=x.device)
-    rows[:, :hidden] = q.view(torch.uint8)
-    rows[:, hidden : hidden + tiles] = scale_inv.view(torch.int32) >> 23  # of a power of two all there is; 255 for NaN
-    return rows
+    if kind == "fp8":
+        return fp8_rows.pack(x, source_S)
+    rows = (x.to(torch.bfloat16) if kind == "bf16" else x).contiguous().view(torch.uint8)
+    return rows if source_S is None else select_rows(rows, source_S)
 
 
 def decode(rows: Tensor, kind: str, hidden: int, dtype: torch.dtype) -> Tensor:
     """The numbers (T, D) of ``encode``'s rows, in ``dtype``."""
-    if kind != "fp8":
-        return rows.view(torch.bfloat16 if kind == "bf16" else dtype).to(dtype)
-    if not len(rows):
-        return torch.empty(0, hidden, dtype=dtype, device=rows.device)
-    exponents = rows[:, hidden : hidden + -(-hidden // BLOCK)].to(torch.int32)
-    q, scale_inv = rows[:, :hidden].view(torch.float8_e4m3fn), (exponents << 23).view(torch.float32)
-    if hidden % BLOCK:
-        return dequantize(q, scale_inv, (1, BLOCK), dtype)
-    x = q.to(dtype)  # times a power of two: exact in BF16 too
-    x.unflatten(1, (-1, BLOCK)).mul_(scale_inv.to(dtype).unsqueeze(-1))
-    return x
+    if kind == "fp8":
+        return fp8_rows.unpack(rows, hidden, dtype)
+    return rows.view(torch.bfloat16 if kind == "bf16" else dtype).to(dtype)
 
 
 def select_rows(rows: Tensor, source_S: Tensor) -> Tensor:
@@ -149,8 +133,8 @@ class Hop:
         self.tally.add(what, self.name, self.peers.links, counts, rows.shape[1] * rows.element_size())
 
     def spread(self, x_ND: Tensor, kind: str, what: str) -> Tensor:
-        """(N, D) -> (R, D): each token's row to every peer that it goes to. Quantised once a token, then copied."""
-        rows = self.there(select_rows(encode(x_ND, kind), self.source_S), what)
+        """(N, D) -> (R, D): each token's row to every peer that it goes to."""
+        rows = self.there(encode(x_ND, kind, self.source_S), what)
         return decode(rows, kind, x_ND.shape[1], x_ND.dtype)
 
     def gather(self, y_RD: Tensor, kind: str, what: str) -> Tensor:
