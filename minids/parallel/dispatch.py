@@ -109,9 +109,12 @@ class Hop:
 
     @classmethod
     def plan(cls, wanted_NP: Tensor, peers: Peers, tally: Tally, name: str) -> Hop:
-        """``wanted`` (N, P) bool: whether a token's row goes to a peer. Tells all peers how many rows they will get."""
-        peer_S, source_S = wanted_NP.t().nonzero(as_tuple=True)
-        return cls.of_rows(source_S, peer_S, len(wanted_NP), peers, tally, name)
+        """``wanted`` (N, P) bool: whether a token's row goes to a peer. Tells all peers how many rows they will get; the
+        host waits once, for both counts together."""
+        counts_P1, ones = wanted_NP.sum(0).unsqueeze(1), [1] * peers.size
+        send, receive = torch.cat([counts_P1, peers.all_to_all(counts_P1, ones, ones)], 1).t().tolist()
+        source_S = torch.nonzero_static(wanted_NP.t(), size=sum(send))[:, 1].contiguous()
+        return cls(peers, source_S, send, receive, len(wanted_NP), tally, name)
 
     @classmethod
     def of_rows(cls, source_S: Tensor, peer_S: Tensor, n: int, peers: Peers, tally: Tally, name: str) -> Hop:
