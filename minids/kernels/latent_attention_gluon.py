@@ -105,10 +105,12 @@ def _add_left_scores(s, queries, pages, full, step):
 
 
 @gluon.jit
-def _highest(s, largest, counted, scale):
-    """The scores, masked where no token counts; the new maximum, in powers of 2; what to subtract."""
-    column = gl.arange(0, 64, gl.SliceLayout(0, s.type.layout))
-    s = gl.where((column < counted)[None, :], s, float("-inf"))
+def _highest(s, largest, counted, scale, MASKED: gl.constexpr):
+    """The scores, masked where no token counts; the new maximum, in powers of 2; what to subtract. Only a row's last page
+    may be full in part."""
+    if MASKED:
+        column = gl.arange(0, 64, gl.SliceLayout(0, s.type.layout))
+        s = gl.where((column < counted)[None, :], s, float("-inf"))
     higher = gl.maximum(largest, gl.max(s, 1) * scale)
     return s, higher, gl.where(higher == float("-inf"), 0.0, higher)  # no token has counted yet
 
@@ -144,11 +146,40 @@ def _write(o, inverse, out_ptr, part, H, COLUMN: gl.constexpr):
 
 
 @gluon.jit
+def _turn(places, zero, o, p, shrink, largest, total, step, counted, scale, MASKED: gl.constexpr):
+    """The scorer's work on one page, and on the values of the page before."""
+    queries, pages, full, empty, p_buffer, shrink_buffer = places
+    o_layout: gl.constexpr = o.type.layout
+    left, _, _ = pages
+    left_full, _, _, p_full = full
+    left_empty, _, rope_empty, p_empty = empty
+    before = (step - 1) % 2
+    s = _start_scores(queries, pages, full, step, zero)
+    s = _add_left_scores(s, queries, pages, full, step)
+    if EARLY:
+        mbarrier.wait(left_full.index(step % 2), step // 2 & 1)  # has passed: keeps factors from between products
+    o = o * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
+    o = warpgroup_mma(p, left.index(before), o, is_async=True)
+    s = warpgroup_mma_wait(1, deps=[s])
+    mbarrier.arrive(rope_empty.index(step % 2), count=1)
+    s, higher, base = _highest(s, largest, counted - step * 64, scale, MASKED)
+    if EARLY:  # the copy of page j + 1 waits for this place
+        o, p = warpgroup_mma_wait(0, deps=[o, p])
+        mbarrier.arrive(left_empty.index(before), count=1)
+    p_next, shrink, total = _weigh(s, largest, base, total, scale, gl.DotOperandLayout(0, o_layout, 2))
+    mbarrier.wait(p_empty, (step - 1) & 1)  # the adder has used P_(j-1)
+    _publish(p_next, shrink, p_buffer, shrink_buffer, p_full)
+    if not EARLY:
+        o, p = warpgroup_mma_wait(0, deps=[o, p])
+        mbarrier.arrive(left_empty.index(before), count=1)
+    return o, p_next, shrink, higher, total
+
+
+@gluon.jit
 def _scorer(queries, pages, full, empty, p_buffer, shrink_buffer, out_ptr, sums_ptr, lengths_ptr, H, scale,
             SPLITS):
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16])
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     row, length, first, count = _share(lengths_ptr, SPLITS)
     left, _, _ = pages
@@ -166,32 +197,15 @@ def _scorer(queries, pages, full, empty, p_buffer, shrink_buffer, out_ptr, sums_
     s = _start_scores(queries, pages, full, 0, zero)
     s = warpgroup_mma_wait(0, deps=[_add_left_scores(s, queries, pages, full, 0)])
     mbarrier.arrive(rope_empty.index(0), count=1)
-    s, higher, base = _highest(s, largest, counted, scale)
-    p, shrink, total = _weigh(s, largest, base, total, scale, p_layout)
+    s, higher, base = _highest(s, largest, counted, scale, True)
+    p, shrink, total = _weigh(s, largest, base, total, scale, gl.DotOperandLayout(0, o_layout, 2))
     largest = higher
     _publish(p, shrink, p_buffer, shrink_buffer, p_full)
-    for step in range(1, count):
-        before = (step - 1) % 2
-        s = _start_scores(queries, pages, full, step, zero)
-        s = _add_left_scores(s, queries, pages, full, step)
-        if EARLY:
-            mbarrier.wait(left_full.index(step % 2), step // 2 & 1)  # has passed: keeps factors from between products
-        o = o * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
-        o = warpgroup_mma(p, left.index(before), o, is_async=True)
-        s = warpgroup_mma_wait(1, deps=[s])
-        mbarrier.arrive(rope_empty.index(step % 2), count=1)
-        s, higher, base = _highest(s, largest, counted - step * 64, scale)
-        if EARLY:  # the copy of page j + 1 waits for this place
-            o, p = warpgroup_mma_wait(0, deps=[o, p])
-            mbarrier.arrive(left_empty.index(before), count=1)
-        p_next, shrink, total = _weigh(s, largest, base, total, scale, p_layout)
-        largest = higher
-        mbarrier.wait(p_empty, (step - 1) & 1)  # the adder has used P_(j-1)
-        _publish(p_next, shrink, p_buffer, shrink_buffer, p_full)
-        if not EARLY:
-            o, p = warpgroup_mma_wait(0, deps=[o, p])
-            mbarrier.arrive(left_empty.index(before), count=1)
-        p = p_next
+    places = (queries, pages, full, empty, p_buffer, shrink_buffer)
+    for step in range(1, count - 1):
+        o, p, shrink, largest, total = _turn(places, zero, o, p, shrink, largest, total, step, counted, scale, False)
+    if count > 1:
+        o, p, shrink, largest, total = _turn(places, zero, o, p, shrink, largest, total, count - 1, counted, scale, True)
     o = o * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
     o = warpgroup_mma(p, left.index((count - 1) % 2), o, is_async=True)
     inverse = gl.where(total > 0, 1 / total, 0.0)

@@ -53,8 +53,8 @@ def test_other_order(tmp_path):
         ("mbarrier.wait(empty.index(stage), phase ^ 1)\n", "\n", "changed before|is not there|arrival too many"),
         ("mbarrier.arrive(rope_empty.index(step % 2), count=1)", "pass", "deadlock"),
         ("    mbarrier.wait(left_full.index(step % 2), step // 2 & 1)\n", "\n", "is not there"),
-        ("o, p = warpgroup_mma_wait(0, deps=[o, p])\n            mbarrier.arrive(left_empty.index(before), count=1)",
-         "mbarrier.arrive(left_empty.index(before), count=1)\n            o, p = warpgroup_mma_wait(0, deps=[o, p])",
+        ("o, p = warpgroup_mma_wait(0, deps=[o, p])\n        mbarrier.arrive(left_empty.index(before), count=1)",
+         "mbarrier.arrive(left_empty.index(before), count=1)\n        o, p = warpgroup_mma_wait(0, deps=[o, p])",
          "changed before"),
         ("total = total * shrink + gl.sum(weights, 1)", "total = total + gl.sum(weights, 1)", "assert"),  # not rescaled
     ],
