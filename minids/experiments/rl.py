@@ -6,8 +6,8 @@ base and of the policy after RL, with the unbiased estimator of n answers of whi
 
     pass@k = 1 - C(n - c, k) / C(n, k)                                                     [2107.03374, eq. 1]
 
-``language`` is a question of its own, the paper's ablation [R1, supplement]: what stage 2's language reward does, from one
-base and one cold start, with and without it.
+``language`` is a question of its own, the paper's ablation [R1, supplement]: what the language reward does, from one base
+and one cold start, in stage 2 with and without it, and in R1-Zero, which has no cold start, with and without it.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ from minids.rl.rewards import Total
 from minids.rl.run import RLConfig, run_rl
 from minids.rl.stages_run import DistillRunConfig, R1RunConfig, run_distill, run_r1
 from minids.rl.tasks import Sums
-from minids.rl.zero import ZeroConfig
+from minids.rl.zero import Zero, ZeroConfig
 
 PARTS = ("zero", "variants", "r1", "distill")
 KEPT = ("step", "reward", "accuracy", "format", "length", "entropy", "no_variance", "grad_norm", "seconds",
         "held_out_accuracy", "held_out_format", "held_out_length", "held_out_entropy")  # fmt: skip
 ANSWERS, PROBLEMS = 64, 64  # of pass@k
+SHOWN = ("accuracy", "length", "chains", "mixed", "foreign")  # of the language reward's ablation
+EARLY = 16  # steps after which its R1-Zero is looked at, beside the end
 # One switch each, from the base that the seed's R1-Zero started from.
 VARIANTS = {
     "token mean (DAPO)": {"objective": GRPOConfig(beta=0.0, length="token")},
@@ -65,8 +67,8 @@ class RLExperimentConfig:
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     """R1-Zero's settings."""
     language: Path | None = None
-    """A base's checkpoint folder (figures/rl/r1_base): only compare stage 2 with and without its language reward, from one
-    cold start, on these seeds, and write language.json."""
+    """A base's checkpoint folder (figures/rl/r1_base): only compare runs with and without the language reward from it, on
+    these seeds, and write language.json."""
     combine_only: bool = False
     """Run nothing: read the seeds in the folder, print the table."""
 
@@ -139,23 +141,38 @@ def run_seed(config: RLExperimentConfig, seed: int, folder: Path) -> dict:
 
 
 def language_ablation(base: Path, seeds: tuple[int, ...], stages: r1.R1Config | None = None) -> dict:
-    """Held-out figures of the base, of its cold start, and of stage 2 from there on each seed: "without" the language
-    reward and "with" it."""
-    stages, shown = stages or r1.R1Config(), ("accuracy", "length", "chains", "mixed", "foreign")
+    """Held-out figures of the base, of its cold start, and for each seed of what follows "with" and "without" the language
+    reward: "stage 2" from the cold start; "R1-Zero" from the base, after EARLY steps and at the end."""
+    stages = stages or r1.R1Config()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-
-        def figures(stage: Path) -> dict[str, float]:
-            found = r1.evaluate(stage)
-            return {key: found[key] for key in shown}
-
         start = r1.store(checkpoint.load(base, dtype=torch.float32), BytePairTokenizer.load(base), folder / "base")
-        found = {"base": figures(start), "cold": figures(r1.cold_start(start, folder / "cold", stages))}
+        cold = r1.cold_start(start, folder / "cold", stages)
+        found: dict = {"base": figures(start), "cold": figures(cold), "stage 2": {}, "R1-Zero": {}}
         for arm, weight in (("without", 0.0), ("with", stages.language_weight)):
-            settings = [replace(stages, language_weight=weight, reasoning=replace(stages.reasoning, seed=seed))
-                        for seed in seeds]  # fmt: skip
-            found[arm] = [figures(r1.reasoning_rl(folder / "cold", folder / arm, each)) for each in settings]
+            task = replace(r1.REASONING, language_weight=weight)
+            for kind, begin, settings, looks in (("stage 2", cold, stages.reasoning, {stages.reasoning.steps}),
+                                                 ("R1-Zero", start, stages.zero, {EARLY, stages.zero.steps})):  # fmt: skip
+                found[kind][arm] = [watched(begin, task, replace(settings, seed=seed), looks, folder / "policy")
+                                    for seed in seeds]  # fmt: skip
     return found | {"seeds": list(seeds), "torch": torch.__version__.split("+")[0], "machine": platform.machine()}
+
+
+def figures(stage: Path) -> dict[str, float]:
+    """Those of the ablation, of a checkpoint."""
+    found = r1.evaluate(stage)
+    return {name: found[name] for name in SHOWN}
+
+
+def watched(start: Path, task: Sums, settings: ZeroConfig, looks: set[int], folder: Path) -> dict[str, dict[str, float]]:
+    """RL from a checkpoint; its figures after each number of steps in ``looks``, which ``folder`` holds meanwhile."""
+    model, tokenizer = r1.restore(start)
+    zero, found = Zero(model, tokenizer, task, settings), {}
+    while zero.steps < settings.steps:
+        zero.step()
+        if zero.steps in looks:
+            found[str(zero.steps)] = figures(r1.store(model, tokenizer, folder))
+    return found
 
 
 def run(config: RLExperimentConfig) -> dict:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from minids.cli import main
+from minids.experiments import rl
 from minids.experiments.rl import language_ablation, pass_at, table
 from minids.rl import distill, r1
 from minids.rl.chat import CHAT, KIND, RUDE, Chat, harmless, helpful, pairs, summary_of
@@ -182,17 +183,24 @@ def test_cold_start_teaches_the_form_in_one_language(solver, tmp_path):
 
 
 def test_the_ablation_changes_the_language_reward_alone(solver, monkeypatch):
-    asked, real = [], r1.Zero
+    asked, real = [], rl.Zero
 
-    def watched(model, tokenizer, task, config):
-        asked.append((task.language_weight, config.seed, "language" in task.rewards()))
+    def noted(model, tokenizer, task, config):
+        asked.append((task.language_weight, config.seed, config.lr, "language" in task.rewards()))
         return real(model, tokenizer, task, config)
 
-    monkeypatch.setattr(r1, "Zero", watched)
-    found = language_ablation(solver, (3, 4), SMALL)
-    assert asked == [(0.0, 3, False), (0.0, 4, False), (0.5, 3, True), (0.5, 4, True)]
-    assert found["seeds"] == [3, 4] and [len(found[arm]) for arm in ("without", "with")] == [2, 2]
-    for figures in (found["base"], found["cold"], *found["without"], *found["with"]):
+    monkeypatch.setattr(rl, "Zero", noted)
+    monkeypatch.setattr(rl, "EARLY", 1)
+    stages = dataclasses.replace(SMALL, reasoning=dataclasses.replace(QUICK, lr=1e-5))
+    found = language_ablation(solver, (3, 4), stages)
+    assert asked == [(weight, seed, lr, weight > 0) for weight in (0.0, 0.5) for lr in (1e-5, QUICK.lr) for seed in (3, 4)]
+    assert found["seeds"] == [3, 4]
+    shown = [found["base"], found["cold"]]
+    for kind, steps in (("stage 2", ["2"]), ("R1-Zero", ["1", "2"])):
+        for arm in ("without", "with"):
+            assert [list(run) for run in found[kind][arm]] == [steps, steps]
+            shown += [figures for run in found[kind][arm] for figures in run.values()]
+    for figures in shown:
         assert set(figures) == {"accuracy", "length", "chains", "mixed", "foreign"}
         assert 0 <= figures["mixed"] <= figures["foreign"] <= 1 and figures["accuracy"] <= 1
 
