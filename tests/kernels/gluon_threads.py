@@ -5,13 +5,12 @@ at the same time here too, so that what goes wrong there goes wrong here, or is 
 
     partition        a thread, which now and then sleeps for a moment
     mbarrier         a phase, arrivals and bytes awaited; waiting too long is a deadlock, one arrival too many an error
-    copy engine      a thread: copies arrive later and in any order; until then their destinations hold NaN
+    copy engine      a thread: copies arrive later and in any order; until then their destinations hold NaN; boxes begin at
+                     multiples of 16 bytes of a row
     tensor core      a product takes its operands when it is started; when it is waited for they must be unchanged, and
                      nobody can calculate with a sum that was not waited for
 
-    reads            what a thread reads by itself may arrive late: surely only before the next fence, or when two more
-                     products have been started, which need the registers of what waited for it. Until a later arrival at
-                     a barrier has told so, nothing may be copied there
+    fence            who has read by itself what the copy engine writes must have passed one before it arrives at a barrier
 
 Not checked: layouts, fences after writes, registers, programs of one launch that run at the same time (they run in turn).
 Layouts of shared memory are those of the copy engine: a matrix wider than 128 bytes lies in boxes of 128 bytes.
@@ -26,7 +25,6 @@ import sys
 import threading
 import time
 import traceback
-from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from unittest.mock import patch
 
@@ -34,11 +32,10 @@ import torch
 
 LOCK = threading.Condition()
 LIMIT, PAUSE = 20.0, 0.0004  # seconds: when a wait is a deadlock; the longest sleep
-BESIDES = 2  # products that may be started while additions to the sum still wait for something that was read
-HERE = threading.local()  # of a partition: the program it belongs to, products not waited for, reads under way
+HERE = threading.local()  # of a partition: the program it belongs to, products not waited for, memory read without a fence
 FAILED: list[str] = []
 COPIES: queue.Queue = queue.Queue()
-READS: list["Read"] = []  # of all partitions: reads of which no arrival has said that they are over
+COPIED: set[int] = set()  # memory that the copy engine writes
 
 
 def load(path) -> ModuleType:
@@ -71,15 +68,15 @@ class Kernel:
         return self.function(*args)
 
     def __getitem__(self, grid):
-        def launch(*args, num_warps, maxnreg=None):
+        def launch(*args, num_warps):
             args = [Pointer(x) if isinstance(x, torch.Tensor) else x for x in args]
             FAILED.clear()
+            COPIED.clear()
             engine = threading.Thread(target=copy_engine)
             engine.start()
             try:
                 for program in itertools.product(*(range(n) for n in grid)):
                     enter(program, grid)
-                    READS.clear()
                     self.function(*args)
             finally:
                 COPIES.put(None)
@@ -115,7 +112,7 @@ def warp_specialize(partitions, warps, registers):
 
 
 def enter(program, grid):
-    HERE.program, HERE.grid, HERE.products, HERE.reads = program, grid, [], []
+    HERE.program, HERE.grid, HERE.products, HERE.unfenced = program, grid, [], set()
 
 
 def pause():
@@ -145,8 +142,12 @@ def plain(x):
 
 
 class Pointer:
+    """data: the memory of a tensor from its first element on, whatever its strides."""
+
     def __init__(self, data, offset=0):
-        self.data, self.offset, self.dtype = data, plain(offset), SimpleNamespace(element_ty=data.dtype)
+        behind = data.untyped_storage().nbytes() // data.element_size() - data.storage_offset()
+        self.data, self.offset = data.as_strided((behind,), (1,)), plain(offset)
+        self.dtype = SimpleNamespace(element_ty=data.dtype)
 
     def __add__(self, offset):
         return Pointer(self.data, self.offset + plain(offset))
@@ -157,23 +158,14 @@ class Pointer:
 
 def load_global(pointer, mask=None, other=0):
     offset = pointer.offset if mask is None else torch.where(plain(mask), pointer.offset, 0)
-    found = pointer.data.view(-1)[offset]
+    found = pointer.data[offset].clone()  # a single element would be a view
     return value(found if mask is None else torch.where(plain(mask), found, other))
 
 
 def store_global(pointer, x, mask=None):
     mask = True if mask is None else mask
     offset, x, mask = torch.broadcast_tensors(pointer.offset, plain(x), plain(mask))
-    pointer.data.view(-1)[offset[mask]] = x[mask].to(pointer.data.dtype)
-
-
-@dataclass(eq=False)
-class Read:
-    """What a partition read: where, and how many products it has started since."""
-
-    begin: int
-    end: int
-    products: int = 0
+    pointer.data[offset[mask]] = x[mask].to(pointer.data.dtype)
 
 
 class Shared:
@@ -207,15 +199,12 @@ class Shared:
         return self.logical().reshape(self.shape)
 
     def load(self, layout):
-        begin, end = self.memory()
-        HERE.reads.append(Read(begin, end))
+        HERE.unfenced.add(self.memory())
         with LOCK:
-            READS.append(HERE.reads[-1])
             return value(self.read().clone())
 
     def memory(self):
-        """The addresses where it begins and ends."""
-        return self.flat.data_ptr(), self.flat.data_ptr() + self.flat.nbytes
+        return self.flat.untyped_storage().data_ptr()
 
     def store(self, x):
         assert list(x.shape) == self.shape, f"{list(x.shape)} into {self.shape}"
@@ -291,17 +280,13 @@ def wait(barrier, phase):
 
 
 def fence():
-    for read in HERE.reads:
-        read.products = BESIDES
+    HERE.unfenced.clear()
 
 
 def arrive(barrier, count=1, pred=True):
     pause()
     if pred:
-        over = [read for read in HERE.reads if read.products >= BESIDES]
-        HERE.reads = [read for read in HERE.reads if read.products < BESIDES]
-        with LOCK:
-            READS[:] = [read for read in READS if read not in over]
+        assert not HERE.unfenced & COPIED, "no fence between reading what the copy engine writes and passing it on"
         barrier.only().change(count, 0)
 
 
@@ -317,10 +302,15 @@ class Descriptor:
     from_tensor = classmethod(lambda cls, base, block, layout: cls(base, block, layout))
 
 
+def check_corner(descriptor, corner):
+    """Elsewhere the device reports an illegal instruction."""
+    at = int(corner[-1]) * descriptor.base.element_size()
+    assert at % 16 == 0, f"a box begins at byte {at} of its rows, no multiple of 16"
+
+
 def copy_in(descriptor, corner, barrier, target):
-    begin, end = target.memory()
-    with LOCK:
-        assert not any(read.begin < end and begin < read.end for read in READS), "a copy to where a read may be under way"
+    check_corner(descriptor, corner)
+    COPIED.add(target.memory())
     target.store(torch.full(target.shape, torch.nan))
     COPIES.put((time.monotonic() + 5 * PAUSE * random.random(), descriptor, [int(x) for x in corner], barrier, target))
 
@@ -353,6 +343,7 @@ def deliver(descriptor, corner, barrier, target):
 
 
 def copy_out(descriptor, corner, source):
+    check_corner(descriptor, corner)
     *which, row, column = (int(x) for x in corner)
     matrix = Shared(source.flat, source.shape[-2:]).read()
     inside = descriptor.base[(*which, slice(row, row + matrix.shape[0]), slice(column, column + matrix.shape[1]))]
@@ -374,8 +365,6 @@ def operand(x):
 
 
 def warpgroup_mma(a, b, acc, *, use_acc=True, is_async=False):
-    for read in HERE.reads:
-        read.products += 1
     a_now, b_now = operand(a), operand(b)
     assert not a_now.isnan().any() and not b_now.isnan().any(), "an operand is not there yet, or no longer"
     before = acc.total if isinstance(acc, Unfinished) else plain(acc)
