@@ -10,7 +10,9 @@ at the same time here too, so that what goes wrong there goes wrong here, or is 
     tensor core      a product takes its operands when it is started; when it is waited for they must be unchanged, and
                      nobody can calculate with a sum that was not waited for
 
-    fence            who has read by itself what the copy engine writes must have passed one before it arrives at a barrier
+    reads            what a thread reads by itself may arrive late: surely only before the next fence, or when two more
+                     products have been started, which need the registers of what waited for it. Until a later arrival at
+                     a barrier has told so, nothing may be copied there
 
 Not checked: layouts, fences after writes, registers, programs of one launch that run at the same time (they run in turn).
 Layouts of shared memory are those of the copy engine: a matrix wider than 128 bytes lies in boxes of 128 bytes.
@@ -25,6 +27,7 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from unittest.mock import patch
 
@@ -32,10 +35,11 @@ import torch
 
 LOCK = threading.Condition()
 LIMIT, PAUSE = 20.0, 0.0004  # seconds: when a wait is a deadlock; the longest sleep
-HERE = threading.local()  # of a partition: the program it belongs to, products not waited for, memory read without a fence
+BESIDES = 2  # products that may be started while additions to the sum still wait for something that was read
+HERE = threading.local()  # of a partition: the program it belongs to, products not waited for, reads under way
 FAILED: list[str] = []
 COPIES: queue.Queue = queue.Queue()
-COPIED: set[int] = set()  # memory that the copy engine writes
+READS: list["Read"] = []  # of all partitions: reads of which no arrival has said that they are over
 
 
 def load(path) -> ModuleType:
@@ -68,15 +72,15 @@ class Kernel:
         return self.function(*args)
 
     def __getitem__(self, grid):
-        def launch(*args, num_warps):
+        def launch(*args, num_warps, maxnreg=None):
             args = [Pointer(x) if isinstance(x, torch.Tensor) else x for x in args]
             FAILED.clear()
-            COPIED.clear()
             engine = threading.Thread(target=copy_engine)
             engine.start()
             try:
                 for program in itertools.product(*(range(n) for n in grid)):
                     enter(program, grid)
+                    READS.clear()
                     self.function(*args)
             finally:
                 COPIES.put(None)
@@ -112,7 +116,7 @@ def warp_specialize(partitions, warps, registers):
 
 
 def enter(program, grid):
-    HERE.program, HERE.grid, HERE.products, HERE.unfenced = program, grid, [], set()
+    HERE.program, HERE.grid, HERE.products, HERE.reads = program, grid, [], []
 
 
 def pause():
@@ -168,6 +172,15 @@ def store_global(pointer, x, mask=None):
     pointer.data[offset[mask]] = x[mask].to(pointer.data.dtype)
 
 
+@dataclass(eq=False)
+class Read:
+    """What a partition read: where, and how many products it has started since."""
+
+    begin: int
+    end: int
+    products: int = 0
+
+
 class Shared:
     def __init__(self, flat, shape):
         self.flat, self.shape, self.dtype = flat, list(shape), flat.dtype
@@ -199,12 +212,15 @@ class Shared:
         return self.logical().reshape(self.shape)
 
     def load(self, layout):
-        HERE.unfenced.add(self.memory())
+        begin, end = self.memory()
+        HERE.reads.append(Read(begin, end))
         with LOCK:
+            READS.append(HERE.reads[-1])
             return value(self.read().clone())
 
     def memory(self):
-        return self.flat.untyped_storage().data_ptr()
+        """The addresses where it begins and ends."""
+        return self.flat.data_ptr(), self.flat.data_ptr() + self.flat.nbytes
 
     def store(self, x):
         assert list(x.shape) == self.shape, f"{list(x.shape)} into {self.shape}"
@@ -280,13 +296,17 @@ def wait(barrier, phase):
 
 
 def fence():
-    HERE.unfenced.clear()
+    for read in HERE.reads:
+        read.products = BESIDES
 
 
 def arrive(barrier, count=1, pred=True):
     pause()
     if pred:
-        assert not HERE.unfenced & COPIED, "no fence between reading what the copy engine writes and passing it on"
+        over = [read for read in HERE.reads if read.products >= BESIDES]
+        HERE.reads = [read for read in HERE.reads if read.products < BESIDES]
+        with LOCK:
+            READS[:] = [read for read in READS if read not in over]
         barrier.only().change(count, 0)
 
 
@@ -310,7 +330,9 @@ def check_corner(descriptor, corner):
 
 def copy_in(descriptor, corner, barrier, target):
     check_corner(descriptor, corner)
-    COPIED.add(target.memory())
+    begin, end = target.memory()
+    with LOCK:
+        assert not any(read.begin < end and begin < read.end for read in READS), "a copy to where a read may be under way"
     target.store(torch.full(target.shape, torch.nan))
     COPIES.put((time.monotonic() + 5 * PAUSE * random.random(), descriptor, [int(x) for x in corner], barrier, target))
 
@@ -365,6 +387,8 @@ def operand(x):
 
 
 def warpgroup_mma(a, b, acc, *, use_acc=True, is_async=False):
+    for read in HERE.reads:
+        read.products += 1
     a_now, b_now = operand(a), operand(b)
     assert not a_now.isnan().any() and not b_now.isnan().any(), "an operand is not there yet, or no longer"
     before = acc.total if isinstance(acc, Unfinished) else plain(acc)
