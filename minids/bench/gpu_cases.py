@@ -171,6 +171,14 @@ def loads(rows: int, multiple: int) -> Tensor:
     return load.cumsum(0).int().cuda()
 
 
+def grouped_floor(kind: str, rows: int, weights: int, work: float, limits: Limits) -> float:
+    """Seconds. rows, weights: how many numbers both (M, N) and (M, K) have, and the experts' matrices."""
+    if kind == "FP8 weight gradient":  # first BF16 is read and written in FP8, transposed; then the product, FP32 out
+        return 3 * rows / limits["copy"] + max((rows + 4 * weights) / limits["copy"], work / limits["fp8"])
+    fp8 = kind.startswith("FP8")
+    return max((1 if fp8 else 2) * (rows + weights) / limits["copy"], work / limits["fp8" if fp8 else "bf16"])
+
+
 def grouped_products(limits: Limits) -> Builders:
     m = TOKENS * CHOSEN
 
@@ -196,10 +204,7 @@ def grouped_products(limits: Limits) -> Builders:
             minids, peer = lambda: kernels.grouped_fp8_wgrad(dy, x, ends), lambda: torch._grouped_mm(dy.t(), x, offs=ends)
             pairs = [kernels.quantize_tile_t(t[:first]) for t in (dy, x)]
             found = error(steady(minids)[0], grouped_fp8.wgrad_reference(*pairs[0], *pairs[1], ends[:1])[0])
-        fp8 = kind.startswith("FP8")
-        sizes = [x.numel(), dy.numel(), w.numel()]
-        n_bytes = sum(sizes) * (1 if fp8 else 2)
-        floor = max(n_bytes / limits["copy"], work / limits["fp8" if fp8 else "bf16"])
+        floor = grouped_floor(kind, x.numel() + dy.numel(), w.numel(), work, limits)
         candidates = {"minids": minids, "torch BF16": peer}
         return Case(f"grouped {kind}", f"{m}, {n}, {k}", "TFLOP/s", work, floor, candidates, found)
 
