@@ -30,18 +30,25 @@ def rolled_and_masked(tokens, ids, k):
     return torch.where(ids.roll(-(k + 1)) == ids, tokens.roll(-(k + 1)), -100)[:-1]
 
 
+def in_place(tokens, ids, k):
+    """The right labels, written into the given tokens."""
+    wanted = tokens[k + 1 :]
+    wanted[ids[k + 1 :] != ids[: -k - 1]] = -100
+    return wanted
+
+
 # ---- 2, what enters the block ----------------------------------------------------------------------------------------
 
 
-def norm(x, gain):
-    return gain * x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+def norm(x, gain, eps=1e-6):
+    return gain * x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
 
 
-def join(h, e, gain_e, gain_h, m, k, token=None, state=0, swap=False, normed=True):
+def join(h, e, gain_e, gain_h, m, k, token=None, state=0, swap=False, normed=True, eps=1e-6):
     out = []
     for i in range(len(h) - k):
         a, b = e[i + (k if token is None else token)], h[i + state]
-        pair = [norm(a, gain_e), norm(b, gain_h)] if normed else [a, b]
+        pair = [norm(a, gain_e, eps), norm(b, gain_h, eps)] if normed else [a, b]
         out.append(m @ torch.cat(pair[::-1] if swap else pair))
     return torch.stack(out)
 
@@ -65,6 +72,13 @@ def tokens_a_pass(good):
     while place < len(good):
         passes, place = passes + 1, place + 1 + next((k for k, ok in enumerate(good[place]) if not ok), good.shape[1])
     return place / passes
+
+
+def passes_of(good):
+    place = passes = 0
+    while place < len(good):
+        passes, place = passes + 1, place + 1 + next((k for k, ok in enumerate(good[place]) if not ok), good.shape[1])
+    return passes
 
 
 def shares(good):
@@ -92,6 +106,8 @@ def test_right_answers_pass(lesson, capsys, number, answer):
     (rolled_and_masked, "T - k positions"),
     (lambda t, i, k: labels(t, i, k, fill=0), "0 is a token"),
     (lambda t, i, k: labels(t, i, k)[:-1], "not equal"),
+    (in_place, "an input was overwritten"),
+    (lambda t, i, k: labels(t, i, k, fill=-1), "not equal; -1 is what came, -100 what should"),
 ])  # fmt: skip
 def test_wrong_labels_are_named(lesson, wrong, hint):
     lesson.refuses("1", wrong, hint)
@@ -104,7 +120,10 @@ def test_wrong_labels_are_named(lesson, wrong, hint):
     (lambda h, e, ge, gh, m, k: join(h, e, ge, gh, m, k, token=1), "belongs to depth 1"),
     (lambda h, e, ge, gh, m, k: join(h, e, gh, ge, m, k), "mixed up"),
     (lambda h, e, ge, gh, m, k: join(h, e, ge, gh, m, k, normed=False), "both halves are normed"),
-    (one_norm, "two norms"),
+    (one_norm, "a norm for each half"),
+    (lambda h, e, ge, gh, m, k: join(h, e, 1, 1, m, k), "norms have gains"),
+    (lambda *a: join(*a, eps=0), "needs its 1e-6"),
+    (lambda h, e, ge, gh, m, k: (join(h, e, ge, gh, m, k), h.mul_(2))[0], "an input was overwritten"),
     (lambda h, e, ge, gh, m, k: join(torch.cat([h, h[:k]]), e.roll(-k, 0).repeat(2, 1), ge, gh, m, k, token=0),
      "have no token"),
     (lambda h, e, ge, gh, m, k: 2 * join(h, e, ge, gh, m, k), "not equal"),
@@ -119,10 +138,14 @@ def own_count(nll, counts, n, lam):
 
 @pytest.mark.parametrize("wrong, hint", [
     (own_count, "its own labels"),
-    (lambda nll, c, n, lam: lam * sum((x * y).mean() for x, y in zip(nll, c, strict=True)) / 3, "divided by T - k"),
-    (lambda nll, c, n, lam: 3 * term(nll, c, n, lam), "divide by D"),
+    (lambda nll, c, n, lam: lam * sum((x * y).mean() for x, y in zip(nll, c, strict=True)) / len(c), "divided by T - k"),
+    (lambda nll, c, n, lam: len(nll) * term(nll, c, n, lam), "divide by D"),
+    (lambda nll, c, n, lam: len(nll) * term(nll, c, n, lam) / 3, "not always 3"),
+    (lambda nll, c, n, lam: 0.1 / lam * len(nll) * term(nll, c, n, lam), "divide by D"),
+    (lambda nll, c, n, lam: term(nll, c, n, lam) / 2, "do not divide by B"),
+    (lambda nll, c, n, lam: lam * nll[0][c[0]].sum() / n, "all depths count"),
     (lambda nll, c, n, lam: term(nll, c, n, 1.0), "lambda is missing"),
-    (lambda nll, c, n, lam: lam * sum(x.sum() for x in nll) / n / 3, "do not count"),
+    (lambda nll, c, n, lam: lam * sum(x.sum() for x in nll) / n / len(nll), "do not count"),
     (lambda nll, c, n, lam: lam * torch.cat([x[y] for x, y in zip(nll, c, strict=True)]).mean(), "one mean"),
     (lambda nll, c, n, lam: n * term(nll, c, n, lam), "not divided by T"),
     (lambda nll, c, n, lam: -term(nll, c, n, lam), "not equal"),
@@ -139,6 +162,8 @@ def unchained(good):
 
 
 @pytest.mark.parametrize("wrong, hint", [
+    (lambda good: len(good) / passes_of(good), "also beyond N"),
+    (lambda good: 1 / tokens_a_pass(good), "not passes a token"),
     (lambda good: 1 + sum(shares(good)), "only after a right first"),
     (lambda good: 1 + shares(good)[0] * (1 + shares(good)[1]), "not independent"),
     (lambda good: 1 + good.long().cumprod(1).double().mean(0).sum(), "over all positions"),
