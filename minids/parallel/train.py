@@ -34,7 +34,7 @@ from minids.parallel.step import WIRES, ExpertParallel, check_balance, check_bat
 from minids.pipeline.launch import device_of
 from minids.pipeline.runtime import Placement, choose_micro_batches
 from minids.pipeline.stages import model_on_meta
-from minids.pipeline.train import PipelineRun, run_rank
+from minids.pipeline.train import PipelineRun, batches_left, run_rank
 from minids.published import entries_of
 from minids.shards import read_headers
 from minids.train import state
@@ -78,8 +78,7 @@ def check(config: TrainConfig) -> Path | None:
     device_of(config.device)
     found = state.check_folder(config.folder, config.to_dict(), config.resume, config.overwrite, FREE_ON_RESUME)
     done = json.loads((found / "trainer.json").read_text())["progress"]["tokens"] if found is not None else 0
-    batches = [rows for tokens, rows in config.recipe.build().batches() if tokens >= done]
-    for rows in sorted(set(batches[:-1] or batches)):
+    for rows in batches_left(config, done):
         check_rows(config, layout, rows)
     return found
 

@@ -43,6 +43,7 @@ from minids.pipeline.resume import gather_state, load_rng, load_state
 from minids.pipeline.runtime import Pipeline, Placement, choose_micro_batches
 from minids.plots import loss_curve
 from minids.train import state
+from minids.train.interrupt import Interrupt
 from minids.train.metrics import MetricsLog, peak_flops, read_metrics
 from minids.train.settings import FREE_ON_RESUME, TrainConfig
 from minids.train.step import StepResult, validation_loss
@@ -56,10 +57,16 @@ def check(config: TrainConfig, ranks: int) -> Path | None:
     device_of(config.device)
     found = state.check_folder(config.folder, config.to_dict(), config.resume, config.overwrite, FREE_ON_RESUME)
     done = json.loads((found / "trainer.json").read_text())["progress"]["tokens"] if found is not None else 0
-    batches = [rows for tokens, rows in config.recipe.build().batches() if tokens >= done]
-    for rows in sorted(set(batches[:-1] or batches)):
+    for rows in batches_left(config, done):
         choose_micro_batches(config, ranks, rows)
     return found
+
+
+def batches_left(config: TrainConfig, done: int) -> list[int]:
+    """Sizes of the global batches after ``done`` tokens that must be cut. Not the last, a rest that is dropped where it
+    cannot be (a run that is over has nothing else), unless there is no other."""
+    sizes = [rows for tokens, rows in config.recipe.build().batches() if tokens >= done]
+    return sorted(set(sizes[:-1] if done or len(sizes) > 1 else sizes))
 
 
 def _ramp_of_the_run(config: TrainConfig) -> bool:
@@ -156,7 +163,8 @@ class PipelineRun:
         if self.rank == 0:
             self._announce()
         folder, quiet = self.found, self.rank != 0 or bool(os.environ.get("CI"))
-        with tqdm(total=steps, initial=progress.step, unit="step", disable=quiet) as bar:
+        bar = tqdm(total=steps, initial=progress.step, unit="step", disable=quiet)
+        with Interrupt(quiet=self.rank != 0) as interrupt, bar:
             while rows := self._next_batch():
                 record = self.step(rows)
                 final = not self._next_batch()
@@ -164,13 +172,27 @@ class PipelineRun:
                     record |= self.evaluate()
                 if self.log is not None:
                     self.log.write(record)
+                bar.total = progress.step if final else steps  # a rest that cannot be cut is dropped
                 bar.update()
                 bar.set_postfix_str(f"loss {progress.loss:.3f}", refresh=False)
                 if progress.skips_in_row >= config.max_skips:
                     raise TrainingStopped(f"{progress.skips_in_row} steps in a row were not finite")
-                if final or progress.step % config.save_every == 0:
+                stop = self._largest(interrupt.received or 0)
+                if stop or final or progress.step % config.save_every == 0:
                     folder = self.save()
+                if stop:
+                    bar.close()
+                    if self.rank == 0:
+                        print(f"stopped after step {progress.step} of {steps}, saved as {folder}; continue with the same "
+                              "command and --resume", flush=True)  # fmt: skip
+                    raise SystemExit(128 + stop)
         return self._summary(folder) if self.rank == 0 else {}
+
+    def _largest(self, value: int) -> int:
+        """Of all ranks' values: a signal may reach them in different steps."""
+        found = torch.tensor(value, device=self.config.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
 
     def _next_batch(self) -> int:
         """Sequences of the next batch; 0 at the end, or when the rest of the budget does not divide into micro-batches."""

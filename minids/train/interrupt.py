@@ -14,9 +14,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupt:
-    """Context manager; `received` is the signal number or None. Does nothing outside the main thread."""
+    """Context manager; `received` is the signal number or None. Does nothing outside the main thread. `quiet`: says
+    nothing when a signal comes, as one of many ranks."""
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
         self.received: int | None = None
         self._before: dict = {}
 
@@ -36,5 +38,6 @@ class Interrupt:
             os.kill(os.getpid(), number)
             return
         self.received = number
-        print(f"\n{signal.Signals(number).name}: finishing this step and saving (again to stop at once)",
-              file=sys.stderr, flush=True)
+        if not self.quiet:
+            print(f"\n{signal.Signals(number).name}: finishing this step and saving (again to stop at once)",
+                  file=sys.stderr, flush=True)

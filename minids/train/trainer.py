@@ -313,6 +313,10 @@ def train(config: TrainConfig) -> dict:
         from minids.parallel.train import train_expert_parallel  # likewise
 
         return train_expert_parallel(config)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1:
+        raise ValueError(f"WORLD_SIZE = {processes}: so many processes would each train this model into {config.folder}; "
+                         "give --pipeline NAME or --expert-parallel EP, or start one process")
     trainer = Trainer.start(config)
     out, progress = config.folder, trainer.progress
     counts = trainer.model.cfg.count()
