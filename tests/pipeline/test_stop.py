@@ -24,7 +24,7 @@ def words(tmp_path):
     for n in range(1, 21):
         (text / f"{n}.txt").write_text("".join(f"{i} times {n} is {i * n}\n" for i in range(300)))
     return ["--out", str(tmp_path / "run"), "--data.corpus", "folder", "--data.path", str(text), "--data.vocab-size", "300",
-            "--data.cache-dir", str(tmp_path / "cache"), "--recipe.tokens", "9000", "--recipe.sequence-length", "32",
+            "--data.cache-dir", str(tmp_path / "cache"), "--recipe.tokens", "8960", "--recipe.sequence-length", "32",
             "--recipe.batch", "4", "--eval-rows", "4", "--eval-every", "0", "--sample-tokens", "0"]  # fmt: skip
 
 
