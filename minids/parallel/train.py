@@ -89,8 +89,10 @@ def train_expert_parallel(config: TrainConfig) -> dict:
     Settings that cannot work are refused before anything starts, by a ValueError on rank 0; the others leave quietly.
     """
     if "RANK" not in os.environ:
+        pipe = "" if config.pipeline is None else f" --pipeline {config.pipeline}"
+        ranks = config.expert_parallel * (config.pipeline_ranks or 2 if pipe else 1)
         raise ValueError(f"--expert-parallel {config.expert_parallel} needs one process a rank: start it as torchrun "
-                         f"--nproc-per-node {config.expert_parallel} -m minids train --expert-parallel ...")  # fmt: skip
+                         f"--nproc-per-node {ranks} -m minids train{pipe} --expert-parallel ...")  # fmt: skip
     return run_rank(config, check, ExpertRun if config.pipeline is None else ExpertPipelineRun)
 
 

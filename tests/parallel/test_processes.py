@@ -211,10 +211,15 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_read(monkeypat
     assert not (tmp_path / "run").exists()
 
 
-def test_without_torchrun_it_says_how_to_start(monkeypatch):
+@pytest.mark.parametrize("changes, start", [
+    ({"expert_parallel": 4}, "4 -m minids train --expert-parallel"),
+    ({"expert_parallel": 2, "pipeline": "zb1p"}, "4 -m minids train --pipeline zb1p --expert-parallel"),
+    ({"expert_parallel": 2, "pipeline": "zb1p", "pipeline_ranks": 4}, "8 -m minids train --pipeline zb1p"),
+])  # fmt: skip
+def test_without_torchrun_it_says_how_to_start(monkeypatch, changes, start):
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(ValueError, match="torchrun --nproc-per-node 4 -m minids train --expert-parallel"):
-        train(TrainConfig(expert_parallel=4))
+    with pytest.raises(ValueError, match=f"torchrun --nproc-per-node {start}"):
+        train(TrainConfig(**changes))
 
 
 @pytest.mark.parametrize("changes, message", [
