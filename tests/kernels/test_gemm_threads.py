@@ -120,7 +120,8 @@ def test_errors_show(tmp_path, monkeypatch, right, wrong, run, cut, message):
     path = tmp_path / "broken.py"
     path.write_text(source.replace(right, wrong))
     with pytest.raises(AssertionError, match=message):
-        run(gluon_threads.load(path), cut)
+        for _ in range(8):  # a race need not show at once
+            run(gluon_threads.load(path), cut)
 
 
 # Tiles for a multiprocessor each (of 4 pretended ones), for two each, and more; whole turns of products, and 1 to 3 left.
@@ -150,4 +151,5 @@ def test_errors_show_for_few_rows(kernels, tmp_path, monkeypatch, right, wrong, 
     path = tmp_path / "broken.py"
     path.write_text(source.replace(right, wrong))
     with pytest.raises((AssertionError, IndexError), match=message):
-        check_few(load_few(kernels, path), shape)
+        for _ in range(8):
+            check_few(load_few(kernels, path), shape)
