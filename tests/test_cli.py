@@ -1,10 +1,13 @@
 """The command line: every mistake gets one line or tyro's box, never a traceback, and help is whole."""
 
+import contextlib
+import io
 import json
 import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -137,3 +140,26 @@ def test_the_tables_of_r1_say_what_their_columns_are(tmp_path: Path, capsys) -> 
     assert said[1].split() == ["sft", "2.0", "0.500", "0.500"]
     assert said[3:5] == [f"{name:<10}{COLUMNS[name]}" for name in ("accuracy", "mixed")]
     assert said[5] == f"ask it    python -m minids generate --checkpoint {tmp_path / 'sft'} --prompt 7+1+6+2+6:"
+
+
+def test_the_readme_s_python_runs_and_its_commands_are_there(tmp_path: Path, monkeypatch) -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall("```python\n(.*?)```", text, re.DOTALL)
+    exec(block, {})
+    assert (tmp_path / "runs" / "mine" / "config.json").exists()
+    lines = [line.split("#")[0].split() for line in "".join(re.findall("```bash\n(.*?)```", text, re.DOTALL)).splitlines()]
+    called = {line[line.index("minids") + 1] for line in lines if "minids" in line}
+    assert called >= {"train", "generate", "count", "schedule", "rl", "r1", "classroom"} and called <= set(cli.COMMANDS)
+    for line in lines:
+        if "minids" in line:  # every option is one of its command's
+            name, words = line[line.index("minids") + 1], line[line.index("minids") + 2:]
+            shown = help_of(name)
+            assert not [w for w in words if w.startswith("--") and not re.search(rf"{re.escape(w)}\b", shown)], line
+
+
+@cache
+def help_of(command: str) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    return out.getvalue()
