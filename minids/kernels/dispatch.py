@@ -52,13 +52,11 @@ def plan_slots(
 
 
 def count_choices(indices: Tensor, experts: int) -> Tensor:
-    """How often each expert was chosen, (E,) int64: the first of the three kernels below and a sum."""
-    (n, k), power = indices.shape, 1 << (experts - 1).bit_length()
-    tokens = max(1, min(32, 2048 // power))
-    counts = indices.new_empty((cdiv(n, tokens), experts), dtype=torch.int32)
-    if n:
-        _count[(len(counts),)](indices, counts, n, experts, k, tokens, power, num_warps=4)
-    return counts.sum(0)
+    """How often each expert was chosen by indices (N, K), (E,) int64."""
+    load, power = indices.new_zeros(experts), 1 << (experts - 1).bit_length()
+    if indices.numel():
+        _histogram[(cdiv(indices.numel(), 1024),)](indices, load, indices.numel(), power, 1024, num_warps=4)
+    return load
 
 
 def slots_for(choices: int, experts: int, multiple: int) -> int:
@@ -94,6 +92,15 @@ def _count(indices_ptr, counts_ptr, N, E, K: tl.constexpr, TOKENS: tl.constexpr,
         count += (chosen[:, None] == expert).to(tl.int32)
     column = tl.arange(0, EXPERTS)
     tl.store(counts_ptr + tl.program_id(0) * E + column, tl.sum(count, axis=0), mask=column < E)
+
+
+@jit(varying=("CHOICES",))
+def _histogram(indices_ptr, load_ptr, CHOICES, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: how often each expert is among BLOCK choices. Integers: the order of the sums changes nothing."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    chosen = tl.load(indices_ptr + at, mask=at < CHOICES, other=0).to(tl.int32)
+    count = tl.histogram(chosen, EXPERTS, mask=at < CHOICES)
+    tl.atomic_add(load_ptr + tl.arange(0, EXPERTS), count.to(tl.int64), mask=count > 0, sem="relaxed")
 
 
 @jit(varying=("BLOCKS", "E"))

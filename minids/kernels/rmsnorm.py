@@ -16,7 +16,7 @@ Shapes: M rows, D columns.
 import torch
 from torch import Tensor
 
-from minids.kernels.backend import check, check_shape, choose, jit, multiprocessors, registered, tl, traced
+from minids.kernels.backend import cdiv, check, check_shape, choose, jit, multiprocessors, registered, tl, traced
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -138,13 +138,25 @@ def _backward(dy_ptr, d_total_ptr, x_ptr, w_ptr, r_ptr, dx_ptr, low_ptr, dw_ptr,
     tl.store(dw_ptr + tl.program_id(0) * D + column, dw, mask=mask)
 
 
+@jit(varying=("P",))
+def _add_up(parts_ptr, dw_ptr, P, D):
+    """One program: 32 columns of dw."""
+    column = tl.program_id(0) * 32 + tl.arange(0, 32)
+    total = tl.zeros((64, 32), tl.float32)
+    for start in range(0, P, 64):
+        part = start + tl.arange(0, 64)
+        at = parts_ptr + part[:, None].to(tl.int64) * D + column[None, :]
+        total += tl.load(at, mask=(part < P)[:, None] & (column < D)[None, :], other=0.0)
+    tl.store(dw_ptr + column, tl.sum(total, axis=0).to(dw_ptr.dtype.element_ty), mask=column < D)
+
+
 def _block(d: int) -> tuple[int, int]:
     """Columns of a program, a power of two, and its warps."""
     block = 1 << (d - 1).bit_length()
     return block, min(16, max(1, block // 512))
 
 
-PROGRAMS = 4  # of _backward, on a multiprocessor
+WARPS = 16  # of _backward that a multiprocessor has registers for
 
 
 def _launch_forward(
@@ -167,11 +179,13 @@ def _launch_backward(
         return dx, other, torch.zeros_like(weight)
     (block, warps), second = _block(d), dy if d_total is None else d_total
     ahead = 3 if x.itemsize == 2 else 1  # from a sweep on an H200: in 16 bits rows are loaded ahead
-    programs = min(m, PROGRAMS * multiprocessors(x.device))
+    programs = min(m, max(1, min(4, WARPS // warps)) * multiprocessors(x.device))  # all run at once
     parts = x.new_empty((programs, d), dtype=torch.float32)
     _backward[(programs,)](dy, second, x, weight, r, dx, other, parts, m, d, dy.stride(0), second.stride(0), x.stride(0),
                            d_total is not None, other is not dx, ahead, block, num_warps=warps)  # fmt: skip
-    return dx, other, parts.sum(0).to(weight.dtype)
+    dw = torch.empty_like(weight)
+    _add_up[(cdiv(d, 32),)](parts, dw, programs, d, num_warps=4)
+    return dx, other, dw
 
 
 @registered("rms_norm")

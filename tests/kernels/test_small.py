@@ -11,7 +11,7 @@ from minids.model.router import Gate
 BF16 = torch.bfloat16
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (5, 300), (9, 1024)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 300), (9, 1024), (150, 40)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
 def test_rms_norm(where, shape, dtype):
     backend, device = where
@@ -79,7 +79,7 @@ def logits_of(n, e, device):
     return (places / e * 8 - 4 + torch.rand(n, e, generator=generator) / e).to(device)
 
 
-@pytest.mark.parametrize("program", [(4, 1), (16, 4)], ids=str)
+@pytest.mark.parametrize("program", [(1, 1), (16, 4)], ids=str)
 @pytest.mark.parametrize("sizes", [(16, 4, 2, 3), (8, 1, 1, 8), (64, 8, 4, 8), (256, 8, 4, 8), (256, 1, 1, 8)], ids=str)
 def test_router_is_the_models(where, sizes, program, monkeypatch):
     monkeypatch.setattr(routing, "_tokens", lambda n, e: program)
