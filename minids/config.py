@@ -11,6 +11,7 @@ E n_routed_experts, K num_experts_per_tok, F moe_intermediate_size.
 
 import copy
 import dataclasses
+import difflib
 import json
 import os
 from dataclasses import dataclass, field
@@ -140,7 +141,10 @@ class ModelConfig:
         """A copy with some fields changed, validated again."""
         unknown = set(changes) - {f.name for f in dataclasses.fields(self)}
         if unknown:
-            raise ValueError(f"ModelConfig has no field {', '.join(sorted(unknown))}")
+            names = [f.name for f in dataclasses.fields(self)]
+            like = [near for name in sorted(unknown) for near in difflib.get_close_matches(name, names, n=1)]
+            hint = f"; did you mean {', '.join(like)}?" if like else ""
+            raise ValueError(f"ModelConfig has no field {', '.join(sorted(unknown))}{hint}")
         if "num_attention_heads" in changes and "num_key_value_heads" not in changes:
             changes["num_key_value_heads"] = None
         return dataclasses.replace(self, **changes)

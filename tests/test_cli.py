@@ -51,6 +51,7 @@ def test_help_and_version_succeed(words, capsys) -> None:
         (["train", "--preset", "nope"], "error: preset='nope': allowed are toy, small, v2_lite, v3"),
         (["train", "--recipe.tokens", "-5"], "error: Recipe.total_tokens = -5: must be >= 1"),
         (["train", "--data.corpus", "folder"], "error: DataConfig.path=None: "),  # a nested dataclass
+        (["train", "--model", "hiden_size=64"], "error: ModelConfig has no field hiden_size; did you mean hidden_size?"),
         (["train", "--micro-batch", "0"], "error: micro_batch = 0: must be at least 1"),
     ],
 )

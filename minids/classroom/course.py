@@ -4,7 +4,7 @@
     OUT/source/03_router/03_router.ipynb       a lesson with graded exercises (see `assignment.py`)
     OUT/source/03_router/figures/...           copies of what its cells read
 
-Then, in OUT, with nbgrader installed (``pip install nbgrader==0.9.6`` beside minids' own requirements):
+Then, in OUT, with nbgrader, which requirements.txt installs:
 
     nbgrader generate_assignment 03_router     the students' version, in release/; hand it out from there,
     nbgrader release_assignment 03_router      or through nbgrader's exchange
@@ -54,7 +54,7 @@ class ClassroomConfig:
     """What to hand out, and for how many points."""
 
     out: Path = Path("course")
-    """The course's folder. To run the course: pip install nbgrader==0.9.6."""
+    """The course's folder, in which nbgrader is run; minids/classroom/course.py lists its commands."""
     notebooks: tuple[str, ...] = ()
     """Numbers or names, such as 03 06_kernels; all that have exercises if none is given."""
     points: int = 10

@@ -132,7 +132,8 @@ def split_documents(
     have to be distinct (`filter_documents` sees to it). Returns (train, valid).
     """
     if len(documents) < 2:
-        raise PackingError(f"{len(documents)} document(s) after filtering: a split into train and validation needs 2")
+        raise PackingError(f"{len(documents)} document(s) after filtering (too short, no text, or a copy of another): "
+                           "a split into train and validation needs 2")
     order = sorted(documents, key=lambda document: draw(seed, "shuffle", document.digest))
     left = valid_fraction * sum(document.n_bytes for document in documents)
     train: list[Document] = []

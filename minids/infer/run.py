@@ -65,6 +65,8 @@ def run_generate(config: GenerateConfig, out: TextIO | None = None) -> list[str]
     bad input.
     """
     out = out or sys.stdout
+    if config.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {config.max_new_tokens}")
     check_sampling(config.temperature, config.top_p)
     check_seed(config.seed)
     check_stop(config.stop)
@@ -124,7 +126,8 @@ def check_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={name!r} cannot be used: {str(error).splitlines()[0]}") from None
+        why = str(error).splitlines()[0] if "Expected one of" not in str(error) else "no such device"
+        raise ValueError(f"device={name!r} cannot be used ({why}); allowed are cpu, cuda, cuda:N") from None
     return device
 
 
@@ -138,6 +141,8 @@ def read_prompts(config: GenerateConfig) -> list[str]:
     """The prompts of the command line, then the file's. Raises ValueError if there is none."""
     texts = list(config.prompt)
     if config.prompt_file is not None:
+        if not config.prompt_file.is_file():
+            raise FileNotFoundError(f"prompt_file={str(config.prompt_file)!r}: no such file")
         texts.append(config.prompt_file.read_text(encoding="utf-8"))
     if not texts:
         raise ValueError("no prompt given: pass --prompt TEXT (one or several) or --prompt-file FILE")

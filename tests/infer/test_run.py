@@ -148,6 +148,23 @@ def test_wrong_numbers_of_drafts_are_refused_on_the_command_line(checkpoint, cap
     assert "speculate" in captured.err + captured.out
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--max-new-tokens", "-10"], "max_new_tokens must be at least 1, got -10"),
+        (["--device", "gpu"], "device='gpu' cannot be used (no such device); allowed are cpu, cuda, cuda:N"),
+        (["--prompt-file", "nope.txt"], "prompt_file='nope.txt': no such file"),
+    ],
+)
+def test_a_refused_setting_is_the_only_thing_that_is_written(checkpoint, capsys, words, line):
+    from minids.cli import main
+
+    with pytest.raises(SystemExit):
+        main(["generate", "--checkpoint", str(checkpoint), "--prompt", "print", *words])
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", f"error: {line}\n")  # not the prompt
+
+
 def test_stop_strings_end_each_text(checkpoint):
     whole = expected(checkpoint, "héllo", temperature=0.0)
     stop = whole[3:5]
