@@ -120,7 +120,8 @@ def wgrad_reference(dy: Tensor, x: Tensor, ends: Tensor, out_dtype: torch.dtype 
 @jit(varying=("E",))
 def _find_tiles(ends_ptr, tiles_ptr, E, BM: tl.constexpr, EXPERTS: tl.constexpr):
     """Writes for tile number program_id of all experts' row tiles: its expert, its first row, and the row after its
-    expert's last. Beyond the last tile the expert is E and both rows are 0. EXPERTS is E rounded up to a power of two."""
+    expert's last. Beyond the last tile the expert is E and both rows are 0; the last program adds the number of tiles to
+    E. EXPERTS is E rounded up to a power of two."""
     index = tl.program_id(0)
     e = tl.arange(0, EXPERTS)
     ends = tl.load(ends_ptr + e, mask=e < E, other=0)
@@ -131,7 +132,8 @@ def _find_tiles(ends_ptr, tiles_ptr, E, BM: tl.constexpr, EXPERTS: tl.constexpr)
     mine = e == expert
     start = tl.sum(tl.where(mine, starts, 0), 0)
     row = start + (index - tl.sum(tl.where(mine, before - tiles, 0), 0)) * BM
-    tl.store(tiles_ptr + index * 3, expert)
+    last = index == tl.num_programs(0) - 1
+    tl.store(tiles_ptr + index * 3, tl.where(last, expert + tl.sum(tiles, 0), expert))
     tl.store(tiles_ptr + index * 3 + 1, tl.where(expert < E, row, 0))
     tl.store(tiles_ptr + index * 3 + 2, tl.sum(tl.where(mine, ends, 0), 0))
 
@@ -182,7 +184,8 @@ def _wgrad(dy_desc, x_desc, out_ptr, ends_ptr, N, K, E,
 
 def find_tiles(ends: Tensor, rows: int, bm: int) -> Tensor:
     """(tiles, 3) int32: expert, first row and end of every row tile of `bm` rows, as many as there can be at most, since
-    each expert may add one that is not full."""
+    each expert may add one that is not full. Entries beyond the last tile are E, 0 and 0; the very last, never a tile,
+    says how many there are: E plus their number, 0 and 0."""
     e = len(ends)
     tiles = ends.new_empty((cdiv(rows, bm) + e, 3))
     _find_tiles[(len(tiles),)](ends, tiles, e, bm, 1 << max(e - 1, 0).bit_length(), num_warps=1)

@@ -15,6 +15,11 @@ masked stores, since what follows is the next expert's. A consumer without any r
 
 Tiles are taken expert by expert, all rows of one before the next columns: an expert's matrix comes from memory once.
 
+An expert's last tile may have 64 rows or less and take half the time. If every program took each 132nd tile, those with few
+of the short ones would end late. So tiles of the forward product are dealt out: a program's producer draws the number of
+its next tile from a counter that all programs share, one tile ahead, and hands it to the consumers through shared memory.
+Which program makes a tile changes from run to run. Its bits do not.
+
 `swiglu_up` does more to the first product: a tile is 128 gate columns and the 128 up columns that belong to them, two boxes
 of W, so that h = silu(gate) up g is ready before anything is stored; z is stored beside it if it is to be kept. Floors of
 `swiglu_up`: 4 M F K operations; 2 (M K + 2 E F K + M F) bytes, and 4 M F more with z.
@@ -45,17 +50,48 @@ from minids.kernels.backend import cdiv, multiprocessors
 from minids.kernels.grouped_gluon_tiles import clear, copy, halves, store, tile_of
 
 BM, BN, BK, STAGES = 128, 256, 64, 4
+ONE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # a single number, for the four warps of a consumer
+ONE_WARP = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))  # and for the producer
 GL_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 
 
 @gluon.jit
-def _produce(a_desc, b_desc, buffers, barriers, lists, sizes,
+def _deal(dealing, turn):
+    """The number of the program's next tile, which the consumers are told, too. turn: how many it had before."""
+    counter_ptr, numbers, given, taken = dealing
+    index = gl.atomic_add(counter_ptr, 1, sem="relaxed") + gl.num_programs(0)
+    mbarrier.wait(taken.index(turn % 2), (turn // 2 & 1) ^ 1)
+    numbers.index(turn % 2).store(gl.full([1], index, gl.int32, ONE_WARP))
+    gl.thread_barrier()
+    mbarrier.arrive(given.index(turn % 2), count=1)
+    return index
+
+
+@gluon.jit
+def _dealt(dealing, turn):
+    """What `_deal` told."""
+    _, numbers, given, taken = dealing
+    mbarrier.wait(given.index(turn % 2), turn // 2 & 1)
+    index = gl.max(numbers.index(turn % 2).load(ONE), 0)
+    gl.thread_barrier()
+    mbarrier.arrive(taken.index(turn % 2), count=1)
+    return index
+
+
+@gluon.jit
+def _produce(a_desc, b_desc, buffers, barriers, dealing, lists, sizes,
              STAGES: gl.constexpr, KIND: gl.constexpr, SWIGLU: gl.constexpr):
     a_buffers, b_buffers, _ = buffers
     full, empty, _ = barriers
-    step = 0
-    for index in range(gl.program_id(0), sizes[0], gl.num_programs(0)):
+    step, turn = 0, 0
+    index = gl.program_id(0)
+    while index < sizes[0]:
+        following = index + gl.num_programs(0)
+        if KIND == "k_major":
+            following = _deal(dealing, turn)
         tile = tile_of(index, lists, sizes, KIND)
+        index = following
+        turn += 1
         for k in range(tile[5] + (tile[6] > 0)):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
@@ -119,16 +155,21 @@ def _finish(total, buffer, c_desc, z_desc, out_ptr, z_ptr, gates_ptr, tile, row,
 
 
 @gluon.jit
-def _consume(c_desc, z_desc, buffers, barriers, out_ptr, z_ptr, gates_ptr, lists, sizes, STAGES: gl.constexpr,
+def _consume(c_desc, z_desc, buffers, barriers, dealing, out_ptr, z_ptr, gates_ptr, lists, sizes, STAGES: gl.constexpr,
              KIND: gl.constexpr, SWIGLU: gl.constexpr, KEEP: gl.constexpr, PART: gl.constexpr):
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16])
     _, _, c_buffers = buffers
     full, empty, _ = barriers
     tiles, _, N, K, _ = sizes
-    step, clearings = 0, 0
-    tile = tile_of(gl.program_id(0), lists, sizes, KIND)
-    for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        following = tile_of(gl.minimum(index + gl.num_programs(0), tiles - 1), lists, sizes, KIND)  # asked for early
+    step, clearings, turn = 0, 0, 0
+    index = gl.program_id(0)
+    tile = tile_of(index, lists, sizes, KIND)
+    while index < tiles:
+        index += gl.num_programs(0)
+        if KIND == "k_major":
+            index = _dealt(dealing, turn)
+        turn += 1
+        following = tile_of(gl.minimum(index, tiles - 1), lists, sizes, KIND)  # asked for early
         _, row, _, end, _, blocks, rest = tile
         row += PART * 64
         idle = 0
@@ -159,8 +200,8 @@ def _consume(c_desc, z_desc, buffers, barriers, out_ptr, z_ptr, gates_ptr, lists
 
 
 @gluon.jit(do_not_specialize=["tiles", "n_tiles", "E"])
-def _gemm(a_desc, b_desc, c_desc, z_desc, out_ptr, z_ptr, gates_ptr, tiles_ptr, ends_ptr, tiles, n_tiles, N, K, E,
-          STAGES: gl.constexpr, KIND: gl.constexpr, SWIGLU: gl.constexpr, KEEP: gl.constexpr):
+def _gemm(a_desc, b_desc, c_desc, z_desc, out_ptr, z_ptr, gates_ptr, tiles_ptr, ends_ptr, counter_ptr, tiles, n_tiles, N, K,
+          E, STAGES: gl.constexpr, KIND: gl.constexpr, SWIGLU: gl.constexpr, KEEP: gl.constexpr):
     a_buffers = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, 128] if KIND == "wgrad" else [STAGES, 128, 64],
                                           a_desc.layout)
     b_buffers = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 256, 64] if KIND == "k_major" else [STAGES, 64, 256],
@@ -173,15 +214,24 @@ def _gemm(a_desc, b_desc, c_desc, z_desc, out_ptr, z_ptr, gates_ptr, tiles_ptr, 
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=2)  # both consumers
     mbarrier.init(cleared, count=2)
+    numbers = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    given = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for place in gl.static_range(2):
+        mbarrier.init(given.index(place), count=1)
+        mbarrier.init(taken.index(place), count=2)
+    dealing = (counter_ptr, numbers, given, taken)
+    if KIND != "wgrad":  # as many as the list's last entry says, not as many as there could be
+        tiles = (gl.load(tiles_ptr + (tiles // n_tiles - 1) * 3) - E) * n_tiles
     fence_async_shared()
     buffers, barriers = (a_buffers, b_buffers, c_buffers), (full, empty, cleared)
     lists, sizes = (tiles_ptr, ends_ptr), (tiles, n_tiles, N, K, E)
     gl.warp_specialize([
-        (_consume, (c_desc, z_desc, buffers, barriers, out_ptr, z_ptr, gates_ptr, lists, sizes, STAGES, KIND, SWIGLU,
-                    KEEP, 0)),
-        (_consume, (c_desc, z_desc, buffers, barriers, out_ptr, z_ptr, gates_ptr, lists, sizes, STAGES, KIND, SWIGLU,
-                    KEEP, 1)),
-        (_produce, (a_desc, b_desc, buffers, barriers, lists, sizes, STAGES, KIND, SWIGLU)),
+        (_consume, (c_desc, z_desc, buffers, barriers, dealing, out_ptr, z_ptr, gates_ptr, lists, sizes, STAGES, KIND,
+                    SWIGLU, KEEP, 0)),
+        (_consume, (c_desc, z_desc, buffers, barriers, dealing, out_ptr, z_ptr, gates_ptr, lists, sizes, STAGES, KIND,
+                    SWIGLU, KEEP, 1)),
+        (_produce, (a_desc, b_desc, buffers, barriers, dealing, lists, sizes, STAGES, KIND, SWIGLU)),
     ], [4, 1], [232, 24])  # fmt: skip
 
 
@@ -234,7 +284,8 @@ def _launch(
     n_tiles = cdiv(k if kind == "wgrad" else n, BN)
     swiglu, part = gates is not None, [64, 256 // out.element_size()]
     z, gates = (z, gates) if swiglu else (out, lists[1])
+    counter = torch.zeros(1, dtype=torch.int32, device=out.device) if kind == "k_major" else lists[1]
     _gemm[(min(m_tiles * n_tiles, multiprocessors(out.device)),)](
-        a, b, _desc(out, part), _desc(z, part), out, z, gates, *lists, m_tiles * n_tiles, n_tiles, *sizes, STAGES, kind,
-        swiglu, z is not out, num_warps=4,
+        a, b, _desc(out, part), _desc(z, part), out, z, gates, *lists, counter, m_tiles * n_tiles, n_tiles, *sizes, STAGES,
+        kind, swiglu, z is not out, num_warps=4,
     )  # fmt: skip

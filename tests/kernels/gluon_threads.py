@@ -181,6 +181,13 @@ class Read:
     products: int = 0
 
 
+def atomic_add(pointer, x, sem):
+    with LOCK:
+        before = int(pointer.data[pointer.offset])
+        pointer.data[pointer.offset] = before + x
+    return before
+
+
 class Shared:
     def __init__(self, flat, shape):
         self.flat, self.shape, self.dtype = flat, list(shape), flat.dtype
@@ -250,7 +257,8 @@ class Part(Shared):
 def allocate_shared_memory(dtype, shape, layout):
     if dtype == torch.int64:
         return Barriers([Barrier() for _ in range(shape[0])])
-    return Shared(torch.full((torch.Size(shape).numel(),), torch.nan, dtype=dtype), shape)
+    fresh = torch.nan if dtype.is_floating_point else -1
+    return Shared(torch.full((torch.Size(shape).numel(),), fresh, dtype=dtype), shape)
 
 
 # ---- barriers ----
@@ -448,7 +456,7 @@ LANGUAGE = SimpleNamespace(
     allocate_shared_memory=allocate_shared_memory, warp_specialize=warp_specialize, inline_asm_elementwise=assembly,
     NVMMADistributedLayout=anything, DotOperandLayout=anything, SliceLayout=anything, SwizzledSharedLayout=anything,
     cdiv=lambda a, b: -(-a // b), num_programs=lambda axis: HERE.grid[axis], zeros_like=torch.zeros_like, exp=torch.exp,
-    thread_barrier=anything,
+    thread_barrier=anything, atomic_add=atomic_add,
     BlockedLayout=anything, NVMMASharedLayout=Layout, float8e4nv=torch.float8_e4m3fn,
 )  # fmt: skip
 HOPPER = SimpleNamespace(

@@ -39,6 +39,15 @@ def test_reference_is_a_product_an_expert(loads, seed):
 
 
 @pytest.mark.parametrize("ends", ENDS, ids=str)
+def test_tiles(kernel, ends):
+    """Every expert's rows 128 by 128, then nothing; the last entry says how many tiles there are."""
+    tiles, starts = grouped.find_tiles(int32(ends, kernel), 200, 128).tolist(), [0, *ends[:-1]]
+    expected = [[e, row, b] for e, (a, b) in enumerate(zip(starts, ends, strict=True)) for row in range(a, b, 128)]
+    assert tiles[: len(expected)] == expected and tiles[-1] == [len(ends) + len(expected), 0, 0]
+    assert all(tile == [len(ends), 0, 0] for tile in tiles[len(expected) : -1])
+
+
+@pytest.mark.parametrize("ends", ENDS, ids=str)
 @pytest.mark.parametrize("n_major", [False, True], ids=["k_major", "n_major"])
 def test_forward(kernel, ends, n_major):
     x, w = tame(200, 72, kernel, dtype=BF16), tame(len(ends) * 136, 72, kernel, 1, BF16).view(-1, 136, 72)

@@ -35,7 +35,8 @@ def tiles_of(ends):
     tiles = [(e, row, end) for e, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
              for row in range(start, end, 128)]  # fmt: skip
     most = -(-ends[-1] // 128) + len(ends)
-    return torch.tensor(tiles + [(len(ends), 0, 0)] * (most - len(tiles)), dtype=torch.int32)
+    beyond = [(len(ends), 0, 0)] * (most - len(tiles) - 1)
+    return torch.tensor([*tiles, *beyond, (len(ends) + len(tiles), 0, 0)], dtype=torch.int32)
 
 
 def check_forward(kernels, ends, n, k, n_major=False):
@@ -94,8 +95,11 @@ def test_swiglu(kernels, keep):
         (1, "    clear(b_buffers.index(stage).slice(PART * 128, 128, dim=1), rest)\n", "", check_wgrad, "assert"),
         (1, "    mbarrier.wait(cleared, clearings & 1)\n", "", check_wgrad, "changed before|assert"),
         (0, "elif row + 64 <= end:", "elif row <= end:", check_forward, "assert"),
+        (1, "mbarrier.wait(given.index(turn % 2), turn // 2 & 1)", "pass", check_forward, "assert|deadlock|too many"),
+        (1, "mbarrier.arrive(taken.index(turn % 2), count=1)", "pass", check_forward, "deadlock"),
     ],
-    ids=["race", "deadlock", "passed on too early", "next expert's rows", "not cleared yet", "rows overwritten"],
+    ids=["race", "deadlock", "passed on too early", "next expert's rows", "not cleared yet", "rows overwritten",
+         "number not there yet", "place never free"],
 )  # fmt: skip
 def test_errors_show(tmp_path, monkeypatch, file, right, wrong, run, message):
     monkeypatch.setattr(gluon_threads, "LIMIT", 2.0)
@@ -104,4 +108,5 @@ def test_errors_show(tmp_path, monkeypatch, file, right, wrong, run, message):
         assert i != file or source.count(right) == 1
         (tmp_path / f"{name}.py").write_text(source.replace(right, wrong) if i == file else source)
     with pytest.raises(AssertionError, match=message):
-        run(load(tmp_path), [70, 300], 264, 456)
+        for _ in range(5):  # a race is not lost every time
+            run(load(tmp_path), [70, 300], 264, 456)
