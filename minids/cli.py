@@ -106,8 +106,12 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print(f"\nstopped by Ctrl-C; {argv[0]} did not finish", file=sys.stderr)
         sys.exit(130)
-    except RuntimeError as error:
-        if type(error).__name__ != "TrainingStopped":  # that one is an answer, others are faults to be seen whole
+    except Exception as error:
+        name = type(error).__name__
+        if name == "SafetensorError" and "I/O error" in str(error):  # how safetensors says that the disk is full
+            print(f"error: {error}; checkpoints from before are whole", file=sys.stderr)
+            sys.exit(2)
+        if name != "TrainingStopped":  # that one is an answer, others are faults to be seen whole
             raise
         print(f"stopped: {error}", file=sys.stderr)
         sys.exit(1)

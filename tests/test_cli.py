@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from minids import cli
 
@@ -86,6 +87,9 @@ class Settings:
     [
         (PermissionError(13, "Permission denied", "runs/toy"), 2, "error: [Errno 13] Permission denied: 'runs/toy'"),
         (OSError(28, "No space left on device"), 2, "error: [Errno 28] No space left on device"),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), 2,
+         "error: Error while serializing: I/O error: No space left on device (os error 28); "
+         "checkpoints from before are whole"),
         (KeyboardInterrupt(), 130, "stopped by Ctrl-C; broken did not finish"),
     ],
 )
