@@ -9,7 +9,8 @@ of 128, each with a scale, so a block must not hold two experts' rows: the calle
     dW[e] = sum over the 128-row blocks of e    dY_block^T X_block,  both quantised 128 x 1
 
 Floors: 2 M N K operations at the FP8 rate; A, the result and the matrices of experts that have rows, once each. The weight
-gradient also reads dY and X in BF16 once, writes them transposed in FP8, and reads those.
+gradient first reads dY and X in BF16 and writes them transposed in FP8, 3 M (N + K) bytes; then the larger of 2 M N K
+operations and M (N + K) + 4 E N K bytes, since its result is FP32.
 
 Layout: A (M, K), B (E, N, K) row-major. FP8 tensor cores want both factors with the summed index adjacent in memory: hence
 the transposed copies. Shapes: M rows (token slots), E experts, N output channels, K input channels.
