@@ -25,6 +25,7 @@ from torch import Tensor
 from minids.config import ModelConfig
 from minids.folder import carry_over, replace_folder, restore_interrupted
 from minids.fp8.quantize import BLOCK, dequantize, quantize_block, scale_shape
+from minids.model.check import check_device
 from minids.model.transformer import Transformer
 from minids.published import Entry, entries_of, plan
 from minids.shards import CONFIG, INDEX, CheckpointError, Header, is_checkpoint, open_shard, read_headers, some
@@ -157,6 +158,7 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, device: str | tor
         raise ValueError(f"mtp: got {mtp!r}, allowed are True, False and 'auto'")
     if dtype is not None and dtype not in MODEL_DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, allowed are {', '.join(map(str, MODEL_DTYPES))}")
+    device = torch.get_default_device() if device is None else check_device(device)
     restore_interrupted(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
@@ -167,7 +169,7 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, device: str | tor
     with torch.device("meta"), _default_dtype(dtype or _stored_dtype(stored)):
         model = Transformer(cfg)
     wanted = _check_tensors(folder, entries_of(model, fp8, torch.bfloat16), stored, cfg)
-    model.to_empty(device=device or torch.get_default_device())
+    model.to_empty(device=device)
     if cfg.tie_word_embeddings:  # storage given out parameter by parameter has parted them
         model.lm_head.weight = model.model.embed_tokens.weight
     _fill(model, folder, wanted, stored)

@@ -567,6 +567,12 @@ def test_index_that_names_the_wrong_file(folder):
         load(folder)
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_load_names_a_device_that_is_not_there(folder, device):
+    with pytest.raises(ValueError, match=f"device='{device}' cannot be used .*allowed are cpu, cuda"):
+        load(folder, device=device)
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, "bfloat16", torch.float8_e4m3fn])
 def test_load_names_a_dtype_that_no_model_has(folder, dtype):
     with pytest.raises(ValueError, match=f"dtype: got {dtype!r}, allowed are torch.float64"):

@@ -20,6 +20,7 @@ from minids.infer.generate import generate
 from minids.infer.sampling import check_sampling, check_seed
 from minids.infer.speculate import SpeculationStats, check_speculate
 from minids.infer.text import TextStream, check_stop
+from minids.model.check import check_device
 from minids.train.state import latest_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -118,17 +119,6 @@ def read_draft_count(words: list[str]) -> int | bool:
     if len(words) > 1:
         raise ValueError(f"--speculate takes one number at most, got {' '.join(words)}")
     return int(words[0]) if words else True
-
-
-def check_device(name: str) -> torch.device:
-    """The device of that name. Raises ValueError if there is none, or if it cannot be used here."""
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0] if "Expected one of" not in str(error) else "no such device"
-        raise ValueError(f"device={name!r} cannot be used ({why}); allowed are cpu, cuda, cuda:N") from None
-    return device
 
 
 def print_all(texts: list[str], written: list[str], out: TextIO) -> None:

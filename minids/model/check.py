@@ -1,4 +1,4 @@
-"""Indices that lie outside their table, told before any work.
+"""Indices that lie outside their table, and devices that are not there, told before any work.
 
 An index that is too large fails deep inside some product, and one below 0 may be taken for another without failing at
 all. Only values that lie on the host are looked at: to look at those on a GPU would be to wait for it.
@@ -20,3 +20,14 @@ def check_indices(name: str, indices: Tensor, count: int, ignored: int | None = 
     low, high = (int(bound) for bound in counted.aminmax()) if counted.numel() else (0, 0)
     if low < 0 or high >= count:
         raise ValueError(f"{name} from {low} to {high}: allowed are 0 to {count - 1}{also}")
+
+
+def check_device(name: str | torch.device) -> torch.device:
+    """The device of that name. Raises ValueError if there is none, or if it cannot be used here."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0] if "Expected one of" not in str(error) else "no such device"
+        raise ValueError(f"device={str(name)!r} cannot be used ({why}); allowed are cpu, cuda, cuda:N") from None
+    return device
