@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from minids.parallel.experts import is_expert, sum_gradients
 from minids.parallel.mesh import Mesh
 from minids.parallel.peers import Peers
-from minids.train.optim import FULL, MOMENTS, OptimConfig, Optimizer
+from minids.train.optim import FULL, OptimConfig, Optimizer
 
 MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
 
@@ -187,13 +187,13 @@ class ZeroOptimizer(Optimizer):
         steps = [tensors[f"step/{name}"] for name in bucket.names if f"step/{name}" in tensors]
         if not steps:  # of a run's first moments
             return
-        device, dtype = bucket.piece.device, MOMENTS[self.config.moments]
+        device = bucket.piece.device
         at = "cpu" if self.config.moments == "bf16" else device
         state = {"step": torch.stack([step.cpu() for step in steps]).max().to(at)}
         for key in MOMENT_NAMES:
             found = [tensors.get(f"{key}/{name}") for name in bucket.names]
-            whole = [torch.zeros(s, dtype=dtype, device=device) if one is None else one.to(device)
-                     for one, s in zip(found, bucket.shapes, strict=True)]  # fmt: skip
+            whole = [torch.zeros(s, dtype=self.moments_of(n), device=device) if one is None else one.to(device)
+                     for n, one, s in zip(bucket.names, found, bucket.shapes, strict=True)]  # fmt: skip
             state[key] = bucket.mine(whole)
         self.adamw.state[bucket.piece] = state
 
@@ -206,7 +206,7 @@ class ZeroOptimizer(Optimizer):
                              f"unexpected {sorted(unknown)}")  # fmt: skip
         for key, tensor in tensors.items():
             kind, name = key.split("/", 1)
-            expected = MOMENTS[self.config.moments] if kind in MOMENT_NAMES else torch.float32
+            expected = self.moments_of(name) if kind in MOMENT_NAMES else torch.float32
             if tensor.dtype != expected or (kind != "step" and tensor.shape != self.params[name].shape):
                 raise ValueError(f"optimizer state {key}: got {tensor.dtype} {tuple(tensor.shape)}, expected {expected} "
                                  f"{tuple(self.params[name].shape)} (OptimConfig.moments = {self.config.moments!r})")

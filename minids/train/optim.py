@@ -186,6 +186,11 @@ class Optimizer:
         self.zero_grad()
         return good
 
+    def moments_of(self, name: str) -> torch.dtype:
+        """The dtype of a parameter's moments: its master's, or bfloat16."""
+        dtype = self.params[name].dtype
+        return torch.bfloat16 if self.config.moments == "bf16" else dtype if dtype in FULL else torch.float32
+
     def total_norm(self) -> Tensor:
         """Norm of all gradients together; where parameters are spread over ranks, a subclass sums over those."""
         return nn.utils.get_total_norm([m.grad for m in self.masters.values() if m.grad is not None])
@@ -219,8 +224,7 @@ class Optimizer:
                              f"unexpected {sorted(unknown)}")
         for key, tensor in tensors.items():
             kind, name = key.split("/", 1)
-            moments = torch.bfloat16 if self.config.moments == "bf16" else self.masters[name].dtype
-            expected = moments if kind.startswith("exp_avg") else torch.float32
+            expected = self.moments_of(name) if kind.startswith("exp_avg") else torch.float32
             if tensor.dtype != expected:
                 raise ValueError(f"optimizer state {key}: got dtype {tensor.dtype}, expected {expected}, since "
                                  f"OptimConfig.moments = {self.config.moments!r}")

@@ -153,7 +153,7 @@ def test_state_is_a_slice_of_everything_once():
 
 
 @pytest.mark.parametrize("config", [OptimConfig(), OptimConfig(moments="bf16")], ids=["fp32", "bf16 moments"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_state_goes_over_to_other_numbers_of_ranks_and_to_one_process(dtype, config):
     """One step on one process, two more on ranks; and the state that ranks save is that of one process."""
     layout = LAYOUTS["EP 2, 2 replicas"]
