@@ -14,8 +14,8 @@ process (resume.py). All ranks must see the run folder.
 Simplifications: the batch does not grow unless --recipe.batch-start says so, and then every batch on the way must divide
 into micro-batches; a rest of the token budget that does not is left out. One pipeline; with --expert-parallel several
 lie side by side (minids/parallel/train.py).
-Validation runs on rank 0 with the gathered model. A step that is not finite is skipped on all ranks. A signal ends the
-processes at once: what was saved last counts.
+Validation runs on rank 0 with the gathered model. A step that is not finite is skipped on all ranks. The first
+Ctrl-C ends all ranks behind the step that they are in, saved; a second one at once.
 
 Source: DeepSeek-V3 Technical Report (arXiv 2412.19437), sections 3.2.1 and 4.2.
 """

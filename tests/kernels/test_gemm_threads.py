@@ -44,7 +44,16 @@ def check_few(few, shape):
     m, n, k = shape
     a, b = quantize_tile(tame(m, k, "cpu"), column_major=True), quantize_block(tame(n, k, "cpu", 1))
     with patch.object(gluon_threads, "BESIDES", 5):
-        assert error(few.gemm(*a, *b), gemm_fp8.reference(*a, *b)) < 4e-3
+        assert error(few.gemm(*a, *b), gemm_fp8.reference(*a, *b)) < 2e-3  # half a place of BF16, in the mean
+
+
+def broken(source: Path, folder: Path, right: str, wrong: str) -> Path:
+    """A copy of a kernel's file with a line made wrong."""
+    text = source.read_text()
+    assert text.count(right) == 1
+    path = folder / "broken.py"
+    path.write_text(text.replace(right, wrong))
+    return path
 
 
 @pytest.fixture(autouse=True)
@@ -115,10 +124,7 @@ def test_grouped(kernels):
 )  # fmt: skip
 def test_errors_show(tmp_path, monkeypatch, right, wrong, run, cut, message):
     monkeypatch.setattr(gluon_threads, "LIMIT", 2.0)
-    source = SOURCE.read_text()
-    assert source.count(right) == 1
-    path = tmp_path / "broken.py"
-    path.write_text(source.replace(right, wrong))
+    path = broken(SOURCE, tmp_path, right, wrong)
     with pytest.raises(AssertionError, match=message):
         for _ in range(8):  # a race need not show at once
             run(gluon_threads.load(path), cut)
@@ -146,10 +152,7 @@ def test_few_rows(kernels, shape):
 )  # fmt: skip
 def test_errors_show_for_few_rows(kernels, tmp_path, monkeypatch, right, wrong, shape, message):
     monkeypatch.setattr(gluon_threads, "LIMIT", 2.0)
-    source = FEW.read_text()
-    assert source.count(right) == 1
-    path = tmp_path / "broken.py"
-    path.write_text(source.replace(right, wrong))
+    path = broken(FEW, tmp_path, right, wrong)
     with pytest.raises((AssertionError, IndexError), match=message):
         for _ in range(8):
             check_few(load_few(kernels, path), shape)

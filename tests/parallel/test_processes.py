@@ -137,6 +137,14 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()][:4]
 
 
+def check_same_bits(a: Path, b: Path) -> None:
+    """The losses of two runs, and their last checkpoints but for the state of random generators."""
+    assert losses(a) == losses(b)
+    for file in ("model-00001-of-000001.safetensors", "trainer.safetensors"):
+        x, y = load_file(a / "step-4" / file), load_file(b / "step-4" / file)
+        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x if not k.startswith("rng/")), file
+
+
 def test_training_writes_the_losses_of_one_process_and_goes_on_anywhere(tmp_path, settings):
     one = train_on_one(tmp_path / "one", settings)
     runs = [{"out": str(tmp_path / "four"), "expert_parallel": 4}]
@@ -153,10 +161,7 @@ def test_training_writes_the_losses_of_one_process_and_goes_on_anywhere(tmp_path
             {"out": str(other), "expert_parallel": 2, "expert_dispatch": "flat", "resume": True}]  # fmt: skip
     (tmp_path / "settings.json").write_text(json.dumps([settings | run for run in runs]))
     run_job(tmp_path)
-    assert losses(same) == losses(four)
-    for file in ("model-00001-of-000001.safetensors", "trainer.safetensors"):
-        x, y = load_file(same / "step-4" / file), load_file(four / "step-4" / file)
-        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x if not k.startswith("rng/")), file
+    check_same_bits(same, four)
     assert losses(other) == pytest.approx(losses(four), abs=2e-5)
 
     alone = train_on_one(stopped_after_two(four, tmp_path / "alone"), settings, resume=True)
@@ -177,10 +182,7 @@ def test_training_in_pipelines_goes_on_bit_for_bit_and_anywhere(tmp_path, settin
     runs = [grid | {"out": str(again)}, {"expert_parallel": 4, "out": str(spread)}]
     (tmp_path / "settings.json").write_text(json.dumps([settings | run | {"resume": True} for run in runs]))
     run_job(tmp_path)
-    assert losses(again) == losses(whole)
-    for file in ("model-00001-of-000001.safetensors", "trainer.safetensors"):
-        x, y = load_file(again / "step-4" / file), load_file(whole / "step-4" / file)
-        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x if not k.startswith("rng/")), file
+    check_same_bits(again, whole)
     assert losses(spread) == pytest.approx(losses(whole), abs=2e-5)
 
     alone = train_on_one(stopped_after_two(whole, tmp_path / "alone"), settings, resume=True)
